@@ -1,0 +1,215 @@
+"""Qwen2.5-VL as the text encoder: it reads the prompt together with the pictures, and its last hidden state is what
+the transformer is told. The network, the tokenizer and the picture preprocessing are transformers'; the template, the
+token layout and the positions are ours, so that they cannot change with its version.
+
+Without positions of its own a call to transformers 5 falls back on plain text positions, in silence, for picture tokens
+too (huggingface/diffusers issue 14194); the model was trained with rows and columns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2Tokenizer
+
+# by its own module: the name in the package's root asks for torchvision
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from millicent.errors import CheckpointError, IncompleteModelError, PromptTooLongError
+from millicent.model.prompt import IMAGE_PAD, SYSTEM_PREFIX, edit_plus_prompt, edit_prompt
+
+
+class TextEncoder:
+    """Prompts with their pictures in, hidden states out.
+
+    template: "edit" (one picture) or "edit-plus" (any number, each with its "Picture n: ").
+    max_prompt_tokens: the longest prompt, counted without the template and the pictures.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        tokenizer: Qwen2Tokenizer,
+        image_processor: Qwen2VLImageProcessorPil,
+        *,
+        template: Literal["edit", "edit-plus"],
+        max_prompt_tokens: int,
+    ) -> None:
+        self.network = network
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.template = template
+        self.max_prompt_tokens = max_prompt_tokens
+        self.image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_PAD))
+        self.prefix_tokens = len(self._tokenize(SYSTEM_PREFIX))
+        _check_image_token(network, self.image_token_id)
+
+    def encode(
+        self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The post-norm last hidden state of each prompt with its pictures, the system prefix cut off.
+
+        prompts: B texts. images: the pictures of each, as the model's card sizes them.
+        Returns hidden states (B, T, C), shorter rows padded with zeros on the right, and the mask (B, T), true for
+        tokens; None in its place where nothing is padded. Every row is what it would be alone.
+        Raises PromptTooLongError, and InputError for a control token in a prompt.
+        """
+        assert len(prompts) == len(images)
+        self._check_lengths(prompts)
+        pixels, grids = self._preprocess(images)
+        rows = [
+            lay_out_tokens(self._tokenize(self._fill_template(prompt, len(pictures))), grid, self.image_token_id)
+            for prompt, pictures, grid in zip(prompts, images, grids, strict=True)
+        ]
+        hidden = self._run(rows, pixels, grids)
+        kept = [states[self.prefix_tokens : len(ids)] for states, (ids, _) in zip(hidden, rows, strict=True)]
+        padded = nn.utils.rnn.pad_sequence(kept, batch_first=True)
+        lengths = torch.tensor([len(states) for states in kept], device=padded.device)
+        mask = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+        return padded, None if bool(mask.all()) else mask
+
+    def _tokenize(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+    def _fill_template(self, prompt: str, images: int) -> str:
+        if self.template == "edit":
+            assert images == 1
+            return edit_prompt(prompt)
+        return edit_plus_prompt(prompt, images)
+
+    def _check_lengths(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            tokens = len(self._tokenize(prompt))
+            if tokens > self.max_prompt_tokens:
+                raise PromptTooLongError(
+                    f"The prompt has {tokens} tokens; the model reads at most {self.max_prompt_tokens}.",
+                    "Shorten it.",
+                )
+
+    def _preprocess(self, images: Sequence[Sequence[Image.Image]]) -> tuple[Any, list[list[tuple[int, int]]]]:
+        """The vision tower's patches of all pictures, and the (height, width) of each in tokens, by prompt."""
+        processed = self.image_processor(images=[image for row in images for image in row], return_tensors="pt")
+        merge = self.image_processor.merge_size
+        grids = iter([(height // merge, width // merge) for _, height, width in processed["image_grid_thw"].tolist()])
+        return processed, [[next(grids) for _ in row] for row in images]
+
+    def _run(
+        self, rows: Sequence[tuple[list[int], Tensor]], processed: Any, grids: Sequence[Sequence[tuple[int, int]]]
+    ) -> Tensor:
+        """Last hidden states (B, T, C). Padded on the right, where a causal network's tokens never look: no mask."""
+        device = next(self.network.parameters()).device
+        longest = max(len(ids) for ids, _ in rows)
+        input_ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=torch.long)
+        positions = torch.zeros((3, len(rows), longest), dtype=torch.long)
+        for row, (ids, row_positions) in enumerate(rows):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            positions[:, row, : len(ids)] = row_positions
+        output = self.network(
+            input_ids=input_ids.to(device),
+            position_ids=positions.to(device),
+            pixel_values=processed["pixel_values"].to(device),
+            image_grid_thw=processed["image_grid_thw"].to(device),
+            use_cache=False,
+        )
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def lay_out_tokens(
+    ids: Sequence[int], grids: Sequence[tuple[int, int]], image_token_id: int
+) -> tuple[list[int], Tensor]:
+    """Give each picture its tokens, and every token its place.
+
+    ids: a text's tokens, one `image_token_id` for each picture. grids: (height, width) of each picture in tokens.
+    Returns the longer ids and M-RoPE positions (3, T): time, row and column. Text counts on all three; a picture
+    stays at one time and spreads over rows and columns, and the text after it goes on past its longer side
+    (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    """
+    grid = iter(grids)
+    laid_out: list[int] = []
+    pieces: list[Tensor] = []
+    place = 0
+    for token in ids:
+        height, width = next(grid) if token == image_token_id else (1, 1)
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        pieces.append(torch.stack([torch.zeros_like(rows), rows, columns]).flatten(1) + place)
+        laid_out += [token] * (height * width)
+        place += max(height, width)
+    assert next(grid, None) is None, "every picture needs its image_pad"
+    return laid_out, torch.cat(pieces, 1)
+
+
+def build_network(config: Mapping[str, Any]) -> nn.Module:
+    """Qwen2.5-VL without its LM head from text_encoder/config.json, its parameters on the meta device."""
+    if config.get("model_type") != "qwen2_5_vl":
+        raise CheckpointError(
+            f"The text encoder is {config.get('model_type')!r}; Qwen-Image-Edit has qwen2_5_vl.",
+            "Use a Qwen-Image-Edit, -2509 or -2511 folder.",
+        )
+    with _parameters_on_meta():
+        return Qwen2_5_VLModel(Qwen2_5_VLConfig.from_dict(dict(config))).eval()
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    # a whole build under torch.device("meta") would lose the rotary buffers, which no checkpoint holds
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def convert_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names as the hub's files have them, or as transformers has them in memory -> the network's own; no LM head."""
+    return {rename_key(key): tensor for key, tensor in state.items() if not key.startswith("lm_head.")}
+
+
+def rename_key(key: str) -> str:
+    """`model.layers.0.…` and `model.language_model.layers.0.…` -> `language_model.layers.0.…`; likewise `visual.`."""
+    key = key.removeprefix("model.")
+    return key if key.startswith(("language_model.", "visual.")) else f"language_model.{key}"
+
+
+def read_tokenizer(folder: Path) -> Qwen2Tokenizer:
+    """Read a tokenizer folder. Raises IncompleteModelError where transformers would make an empty tokenizer."""
+    if not (folder / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):
+            _check_file(folder / name)
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    if tokenizer.convert_tokens_to_ids(IMAGE_PAD) in (None, tokenizer.unk_token_id):
+        raise CheckpointError(f"The tokenizer in {folder} does not know {IMAGE_PAD}.", "Fetch the tokenizer again.")
+    return tokenizer
+
+
+def read_image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
+    """Read a processor folder; only how pictures are cut into patches is taken from it."""
+    if not (folder / "processor_config.json").is_file():
+        _check_file(folder / "preprocessor_config.json")
+    return Qwen2VLImageProcessorPil.from_pretrained(folder)
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise IncompleteModelError(f"{path} is missing.", "Fetch the whole model again.")
+
+
+def _check_image_token(network: nn.Module, image_token_id: int) -> None:
+    expected = getattr(network.config, "image_token_id", None)
+    if expected != image_token_id:
+        raise CheckpointError(
+            f"{IMAGE_PAD} is token {image_token_id} to the tokenizer and {expected} to the text encoder.",
+            "Take both from the same model.",
+        )
