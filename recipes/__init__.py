@@ -1,0 +1,1 @@
+"""How the things that millicent ships were made."""

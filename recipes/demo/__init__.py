@@ -1,0 +1,1 @@
+"""The demo model: drawn products, their edits, and the training of a tiny Qwen-Image-Edit on them."""
