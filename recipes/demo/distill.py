@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from millicent.model.vae import VAE
-from recipes.demo.optimize import MasterWeights, cosine
+from recipes.demo.optimize import MasterWeights, captured, cosine
 from recipes.demo.pool import Batch, Pool, unpack
 from recipes.demo.prompts import PromptTable
 from recipes.demo.scenes import Scenes
@@ -51,7 +51,9 @@ def add_lora(editor: DemoEditor, rank: int) -> dict[str, nn.Parameter]:
     factors = {}
     for i, block in enumerate(editor.transformer.transformer_blocks):
         for target in TARGETS:
-            lora = LoraLinear(block.get_submodule(target), rank)
+            linear = block.get_submodule(target)
+            assert isinstance(linear, nn.Linear)
+            lora = LoraLinear(linear, rank)
             block.set_submodule(target, lora)
             factors[f"transformer_blocks.{i}.{target}.lora_down.weight"] = lora.down
             factors[f"transformer_blocks.{i}.{target}.lora_up.weight"] = lora.up
@@ -96,24 +98,33 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         vae.decoder.compile(dynamic=False)
         for block in editor.transformer.transformer_blocks:
             block.compile(dynamic=False)
+    drawing = torch.Generator(device).manual_seed(args.seed + 1000)
     pool = Pool(args.pool, Scenes(device), vae, args.edit_weight)
     for _ in range(args.prefill // args.refill_pairs):
-        pool.refill(args.refill_pairs, generator)
-    started, recent = time.monotonic(), []
-    while weights.steps < args.steps and time.monotonic() - started < args.minutes * 60:
+        pool.refill(args.refill_pairs, drawing)
+
+    def step() -> Tensor:
         loss = rollout_loss(editor, vae, prompts, pool.batch(args.batch, generator), generator, args.pixel_share)
         loss.backward()
-        step = weights.steps
-        weights.step(cosine(step, args.steps, warmup=50))
-        recent.append(loss.detach())
-        pool.refill(args.refill_pairs, generator)
-        if step % 50 == 49:
+        weights.step()
+        return loss.detach()
+
+    weights.prepare(cosine(0, 0.0, warmup=50))
+    step = captured(step, weights, generator)
+    started, recent = time.monotonic(), []
+    while (progress := max(weights.steps / args.steps, (time.monotonic() - started) / (args.minutes * 60))) < 1:
+        weights.prepare(cosine(weights.steps, progress, warmup=50))
+        recent.append(step())
+        if weights.steps % args.refill_every == 0:
+            pool.refill(args.refill_pairs, drawing)
+        if weights.steps % 100 == 0:
             elapsed, mean = time.monotonic() - started, torch.stack(recent).mean().item()
-            print(f"lora {step + 1:5d}/{args.steps} {elapsed:6.1f} s  loss {mean:.4f}", flush=True)
+            print(f"lora {weights.steps:5d}/{args.steps} {elapsed:6.1f} s  loss {mean:.4f}  skipped {weights.check()}", flush=True)
             recent.clear()
     save_lora(args.work / "lora.safetensors", weights.averaged(), args.rank)
     weights.use_averaged()
-    show(validate(editor, vae, prompts, pool.scenes, LIGHTNING_SIGMAS, args.validate))
+    if args.validate:
+        show(validate(editor, vae, prompts, pool.scenes, LIGHTNING_SIGMAS, args.validate))
     return {"steps": weights.steps, "batch": args.batch, "seconds": time.monotonic() - started}
 
 
@@ -137,7 +148,8 @@ def main() -> None:
     parser.add_argument("--pixel-share", type=float, default=0.25)
     parser.add_argument("--pool", type=int, default=65536)
     parser.add_argument("--prefill", type=int, default=8192)
-    parser.add_argument("--refill-pairs", type=int, default=128)
+    parser.add_argument("--refill-pairs", type=int, default=512)
+    parser.add_argument("--refill-every", type=int, default=4)
     parser.add_argument("--validate", type=int, default=512, help="held-out scenes to measure at the end")
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -7,6 +7,8 @@ to the package's encoder.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,16 +29,23 @@ def shrink(pixels: Tensor) -> Tensor:
     return (small.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
 
+@cache
+def clip_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """CLIP's mean and standard deviation per channel, (1, 3, 1, 1)."""
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return mean, std
+
+
 def to_patches(small: Tensor) -> Tensor:
     """uint8 (B, 3, 112, 112) -> (B, 64, 1176): patches in the order of the 2x2 merge, the frame twice as a video's."""
-    mean = torch.tensor(CLIP_MEAN, device=small.device).view(1, 3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=small.device).view(1, 3, 1, 1)
+    mean, std = clip_statistics(small.device)
     x = (small.float() / 255 - mean) / std
     x = x.view(-1, 3, MERGED, 2, PATCH_PX, MERGED, 2, PATCH_PX).permute(0, 2, 5, 3, 6, 1, 4, 7)
     x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)
     return x.reshape(small.shape[0], GRID * GRID, -1)
 
 
+@cache  # a captured step may not copy from the host
 def vision_rotation(head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines (64, head_dim) of the patches' rows and columns, in the order of the merge."""
     rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
@@ -68,6 +77,7 @@ def encode_pictures(model: Qwen2_5_VLModel, patches: Tensor) -> Tensor:
     return merged
 
 
+@cache
 def mrope_positions(tokens: int, picture_at: int, device: torch.device) -> Tensor:
     """(time, row, column) of each token, (3, 1, tokens): one picture at `picture_at`, text counting on from its side."""
     before = torch.arange(picture_at).expand(3, -1)

@@ -19,7 +19,7 @@ from torch import Tensor
 from millicent.edits import EditRequest
 from millicent.engine.editor import Editor
 from recipes.demo.metrics import measure
-from recipes.demo.scenes import Scenes
+from recipes.demo.scenes import Edit, Scenes
 from recipes.demo.validate import SEED, show
 from recipes.demo.wordings import held_out_wording
 from recipes.demo.world import OPS
@@ -45,6 +45,10 @@ def average(rows: list[dict[str, float]], ops: list[int], label: str) -> dict[st
     }
 
 
+def edit_numbers(edit: Edit, i: int) -> tuple[int, int, int, int]:
+    return int(edit.op[i]), int(edit.color[i]), int(edit.aux[i]), int(edit.cls[i])
+
+
 def evaluate(model: str, without_lora: str, scenes_wanted: int, device: str) -> dict[str, dict[str, float]]:
     """The figures of no edit, of the model with its LoRA and of the same weights without it, all at 4 Lightning steps."""
     editors = {"lora": Editor.open(model, device=device), "base": Editor.open(without_lora, device=device)}
@@ -56,7 +60,7 @@ def evaluate(model: str, without_lora: str, scenes_wanted: int, device: str) -> 
         for i in range(min(BATCH, scenes_wanted - len(ops))):
             request = EditRequest(
                 images=(to_image(source[i]),),
-                prompt=held_out_wording(*(int(field[i]) for field in edit), seed=len(ops)),
+                prompt=held_out_wording(*edit_numbers(edit, i), len(ops)),
                 steps=4,
                 schedule="lightning",
                 seed=len(ops),

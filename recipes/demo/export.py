@@ -1,4 +1,4 @@
-"""Step 4: write the shipped folder. `python -m recipes.demo.export --work build/demo --out src/millicent/demo/weights`.
+"""Step 4: write the shipped folder. `python -m recipes.demo.export --work build/demo --out src/millicent/demo`.
 
 diffusers' and transformers' own classes do the saving, so the folder is what their pipelines write and read.
 """
@@ -6,6 +6,7 @@ diffusers' and transformers' own classes do the saving, so the folder is what th
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import shutil
 from pathlib import Path
@@ -35,6 +36,24 @@ SCHEDULER = {  # Qwen-Image's own
     "shift_terminal": 0.02,
     "invert_sigmas": False,
 }
+
+
+CARD = f"""\
+name = "demo"
+title = "the demo model"
+pipeline = "edit-plus"
+vae_area_px = {256 * 256}
+encoder_area_px = {112 * 112}
+steps = 4
+schedule = "lightning"
+true_cfg = 1.0
+negative_prompt = " "
+max_prompt_tokens = 1024
+lora = "{LORA_FILE}"
+license = "Apache-2.0"
+source = "recipes/demo"
+checked = {{today}}
+"""
 
 
 def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -107,6 +126,7 @@ def export(work: Path, out: Path) -> None:
         "vae": ["diffusers", "AutoencoderKLQwenImage"],
     }
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (out / "card.toml").write_text(CARD.format(today=datetime.date.today()))
 
 
 def main() -> None:

@@ -40,10 +40,12 @@ def build_vae() -> VAE:
             gain = 0.3 if name.endswith(("conv2", "proj")) else 1.4 if name.endswith("conv1") else 1.0
             fan_in = module.weight[0].numel()
             nn.init.normal_(module.weight, std=gain / math.sqrt(fan_in))
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     with torch.no_grad():  # with unit posterior noise from the start it would learn far more slowly
         vae.quant_conv.weight[VAE_SHAPE.z_dim :] *= 0.1
-        vae.quant_conv.bias[VAE_SHAPE.z_dim :] = -6.0
+        log_variance = vae.quant_conv.get_parameter("bias")[VAE_SHAPE.z_dim :]
+        log_variance.fill_(-6.0)
     return vae
 
 
@@ -53,11 +55,10 @@ def build_transformer() -> MMDiT:
     dim = TRANSFORMER.dim
     with torch.no_grad():
         for block in transformer.transformer_blocks:
-            for modulation in (block.img_mod[1], block.txt_mod[1]):
-                modulation.weight *= 0.1
-                modulation.bias.zero_()
-                modulation.bias[2 * dim : 3 * dim] = 0.25
-                modulation.bias[5 * dim :] = 0.25
+            for stream in ("img_mod", "txt_mod"):
+                block.get_parameter(f"{stream}.1.weight").mul_(0.1)
+                bias = block.get_parameter(f"{stream}.1.bias").zero_().view(6, dim)
+                bias[2::3] = 0.25  # the two gates
         for layer in (transformer.norm_out.linear, transformer.proj_out):
             layer.weight.zero_()
             layer.bias.zero_()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 MUON_MOMENTUM = 0.95
 MAX_GRAD_NORM = 1.0
+MAX_SKIPPED = 50
 
 
-def cosine(step: int, steps: int, warmup: int, floor: float = 0.02) -> float:
-    """The factor on every learning rate: a linear warm-up, then half a cosine down to `floor`."""
-    down = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+def cosine(step: int, progress: float, warmup: int, floor: float = 0.02) -> float:
+    """The factor on every learning rate: a linear warm-up over steps, then half a cosine of progress down to `floor`."""
+    down = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return min(1.0, (step + 1) / warmup) * down
 
 
@@ -35,6 +37,33 @@ def orthogonalize(x: Tensor) -> Tensor:
         gram = x @ x.transpose(1, 2)
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x if wide else x.transpose(1, 2)
+
+
+def captured(step: Callable[[], Tensor], weights: MasterWeights, generator: torch.Generator) -> Callable[[], Tensor]:
+    """`step` as a CUDA graph: at this size launching the kernels takes far longer than running them.
+
+    The returned function replays the step and returns a copy of its loss. `generator` is the one that `step` draws
+    from. Warming up takes three real steps, with the learning rates that `weights.prepare` last set.
+    """
+    if generator.device.type != "cuda":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        loss = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return loss.clone()
+
+    weights.steps += 2
+    return replay
 
 
 class MasterWeights:
@@ -54,7 +83,7 @@ class MasterWeights:
         ema_decay: float = 0.999,
     ) -> None:
         self.names = list(named)
-        self.params = list(named.values())
+        self.params: list[Tensor] = list(named.values())
         self.masters = [p.detach().float().clone() for p in self.params]
         self.ema = [m.clone() for m in self.masters]
         self.ema_decay, self.muon_lr, self.adam_lr, self.steps = ema_decay, muon_lr, adam_lr, 0
@@ -70,33 +99,55 @@ class MasterWeights:
         self.momenta = [torch.stack([torch.zeros_like(self.masters[i]) for i in g]) for g in self.muon_groups]
         self.adam_params = [self.masters[i] for i in others]
         self.adam_indices = others
-        fused = self.masters[0].is_cuda
-        self.adam = torch.optim.AdamW(self.adam_params, lr=adam_lr, betas=betas, weight_decay=0.0, fused=fused)
+        device, on_gpu = self.masters[0].device, self.masters[0].is_cuda
+        # what changes from step to step lives on the device, so that a captured step can be replayed
+        self.rate, self.ema_step, rate = (torch.zeros((), device=device) for _ in range(3))
+        self.skipped = torch.zeros((), device=device, dtype=torch.int64)  # steps whose gradient was not finite
+        self.adam = torch.optim.AdamW(
+            self.adam_params, lr=rate, betas=betas, weight_decay=0.0, fused=on_gpu, foreach=False, capturable=on_gpu
+        )
+
+    def prepare(self, lr_factor: float) -> None:
+        """Set the next step's learning rates and the weight of its result in the running average."""
+        self.steps += 1
+        self.rate.fill_(lr_factor)
+        self.ema_step.fill_(1 - min(self.ema_decay, (1 + self.steps) / (20 + self.steps)))
 
     @torch.no_grad()
-    def step(self, lr_factor: float) -> None:
-        """One step from the parameters' gradients, which are cleared."""
+    def step(self) -> None:
+        """One step from the parameters' gradients, which are cleared; `prepare` must have been called."""
         # the last block's text stream ends nowhere, so its parameters get no gradient
         grads = [torch.zeros_like(m) if p.grad is None else p.grad.float() for p, m in zip(self.params, self.masters, strict=True)]
         norm = torch.stack(torch._foreach_norm(grads)).norm()
-        torch._foreach_mul_(grads, (MAX_GRAD_NORM / (norm + 1e-6)).clamp(max=1.0))
+        finite = norm.isfinite()
+        self.skipped += ~finite
+        for grad in grads:  # one bad batch must cost one step, not the run
+            grad.nan_to_num_(0.0, 0.0, 0.0)
+        torch._foreach_mul_(grads, torch.where(finite, MAX_GRAD_NORM / (norm + 1e-6), 0.0).clamp(max=1.0))
         for i, master in zip(self.adam_indices, self.adam_params, strict=True):
             master.grad = grads[i]
         for group in self.adam.param_groups:
-            group["lr"] = self.adam_lr * lr_factor
+            group["lr"].copy_(self.rate * self.adam_lr)
         self.adam.step()
         for indices, momentum in zip(self.muon_groups, self.momenta, strict=True):
             grad = torch.stack([grads[i] for i in indices])
             momentum.mul_(MUON_MOMENTUM).add_(grad)
             update = orthogonalize(grad + MUON_MOMENTUM * momentum).float()
-            scale = self.muon_lr * lr_factor * max(1.0, grad.shape[1] / grad.shape[2]) ** 0.5
-            torch._foreach_add_([self.masters[i] for i in indices], list(update.unbind(0)), alpha=-scale)
+            update *= self.rate * (self.muon_lr * max(1.0, grad.shape[1] / grad.shape[2]) ** 0.5)
+            torch._foreach_sub_([self.masters[i] for i in indices], list(update.unbind(0)))
         torch._foreach_copy_(self.params, self.masters)
-        self.steps += 1
-        decay = min(self.ema_decay, (1 + self.steps) / (20 + self.steps))
-        torch._foreach_lerp_(self.ema, self.masters, 1 - decay)
+        change = torch._foreach_sub(self.masters, self.ema)
+        torch._foreach_mul_(change, self.ema_step)
+        torch._foreach_add_(self.ema, change)
         for p in self.params:
             p.grad = None
+
+    def check(self) -> int:
+        """How many steps were skipped; raises when so many were that the run is lost."""
+        skipped = int(self.skipped)
+        if skipped > MAX_SKIPPED:
+            raise FloatingPointError(f"{skipped} of {self.steps} steps had a gradient that is not finite")
+        return skipped
 
     def averaged(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.ema, strict=True))

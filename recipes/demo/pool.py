@@ -53,6 +53,7 @@ class Pool:
         self.edited = torch.zeros(size, 256, device=device, dtype=torch.bool)
         self.edit = torch.zeros(size, 4, device=device, dtype=torch.int64)
         self.next, self.drawn = 0, 0
+        self.filled = torch.zeros((), device=device)  # on the device, so that a captured step sees it grow
 
     @torch.no_grad()
     def refill(self, pairs: int, generator: torch.Generator) -> None:
@@ -67,10 +68,10 @@ class Pool:
         self.edit[at] = torch.stack(tuple(edit), 1)
         self.next = (self.next + pairs) % self.size
         self.drawn += pairs
+        self.filled.fill_(min(self.drawn, self.size))
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
-        filled = min(self.drawn, self.size)
-        i = torch.randint(0, filled, (size,), device=self.target.device, generator=generator)
+        i = (torch.rand(size, device=self.target.device, generator=generator) * self.filled).long()
         weight = 1 + self.edit_weight * self.edited[i, :, None].float()
         edit = Edit(*self.edit[i].unbind(1))
         return Batch(self.reference[i], self.target[i].float(), self.small[i], weight / weight.mean(), edit)

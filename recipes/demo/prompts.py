@@ -40,7 +40,7 @@ class PromptTable:
 
     def __init__(self, work: Path, device: torch.device) -> None:
         bpe = read_tokenizer(work)
-        self.special = {token: bpe.token_to_id(token) for token in tokenizer.SPECIAL_TOKENS}
+        self.special = {token: special_id(bpe, token) for token in tokenizer.SPECIAL_TOKENS}
         self.vocab_size = -(-bpe.get_vocab_size() // 64) * 64
         self.device = device
         self.prefix = torch.tensor(bpe.encode(SYSTEM_PREFIX, add_special_tokens=False).ids, device=device)
@@ -65,6 +65,12 @@ class PromptTable:
         return torch.cat([self.prefix.expand(len(row), -1), ids[row].long()], 1), mask
 
 
+def special_id(bpe: Tokenizer, token: str) -> int:
+    found: int | None = bpe.token_to_id(token)
+    assert found is not None, f"the vocabulary lacks {token}"
+    return found
+
+
 def read_tokenizer(work: Path) -> Tokenizer:
     bpe: Tokenizer = Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json"))
     return bpe
@@ -86,7 +92,7 @@ def wordings_in_order(wording: Wording, per_edit: int) -> list[str]:
 def tabulate(bpe: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
     """ids (rows, T) int16 of the prompts after the prefix, and lengths (rows,): how many of each row are no padding."""
     prefix_tokens = len(bpe.encode(SYSTEM_PREFIX, add_special_tokens=False).ids)
-    pad, end = bpe.token_to_id(IMAGE_PAD), bpe.token_to_id("<|endoftext|>")
+    pad, end = special_id(bpe, IMAGE_PAD), special_id(bpe, "<|endoftext|>")
     rows = []
     for encoded in bpe.encode_batch([edit_plus_prompt(text, 1) for text in texts], add_special_tokens=False):
         ids = encoded.ids

@@ -38,9 +38,7 @@ class Scenes:
         self.op_shares = torch.tensor(OP_SHARES, device=device)
 
     @torch.no_grad()
-    def pairs(
-        self, batch: int, generator: torch.Generator, held_out: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor, Edit]:
+    def pairs(self, batch: int, generator: torch.Generator, held_out: bool = False) -> tuple[Tensor, Tensor, Tensor, Edit]:
         """Source and target (B, 3, 256, 256) in [0, 1], the changed pixels (B, 256, 256) and the edit."""
         source, target, edit = self.sample(batch, generator, held_out)
         geometry = self.renderer.geometry(source)

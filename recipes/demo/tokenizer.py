@@ -21,9 +21,7 @@ SPECIAL_TOKENS = (
     *("<|image_pad|>", "<|video_pad|>"),
 )
 # Qwen2's: contractions, words with their space, single digits, punctuation, white space
-PRETOKENIZATION = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PRETOKENIZATION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CORPUS_WORDINGS = 20000
 
 
@@ -61,4 +59,3 @@ def train(folder: Path) -> None:
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
     tokenizer.save_pretrained(folder)
-

@@ -22,7 +22,7 @@ from millicent.model.mmdit import MMDiT
 from millicent.model.vae import VAE
 from recipes.demo.encoder import encode_prompts
 from recipes.demo.networks import VAE_SHAPE, build_encoder, build_transformer
-from recipes.demo.optimize import MasterWeights, cosine
+from recipes.demo.optimize import MasterWeights, captured, cosine
 from recipes.demo.pool import Batch, Pool
 from recipes.demo.prompts import PromptTable
 from recipes.demo.scenes import Scenes
@@ -30,7 +30,7 @@ from recipes.demo.validate import LIGHTNING_SIGMAS, show, validate
 
 IMG_SHAPES = [(16, 16), (16, 16)]
 MUON_PREFIXES = ("transformer.transformer_blocks.", "encoder.language_model.layers.", "encoder.visual.blocks.")
-REFILL_PAIRS = 128
+REFILL_PAIRS = 512
 
 
 class DemoEditor(nn.Module):
@@ -54,12 +54,11 @@ def load_vae(work: Path, device: torch.device, dtype: torch.dtype) -> VAE:
     """The trained VAE, with the statistics that train_vae measured."""
     with safe_open(work / "vae.safetensors", "pt") as file:
         figures = json.loads(file.metadata()["figures"])
-    shape = dataclasses.replace(
-        VAE_SHAPE, latents_mean=tuple(figures["latents_mean"]), latents_std=tuple(figures["latents_std"])
-    )
+    shape = dataclasses.replace(VAE_SHAPE, latents_mean=tuple(figures["latents_mean"]), latents_std=tuple(figures["latents_std"]))
     vae = VAE(shape)
     vae.load_state_dict(load_file(work / "vae.safetensors"))
-    return vae.to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return vae.to(device, dtype).eval().requires_grad_(False)
 
 
 def build_editor(prompts: PromptTable, device: torch.device, dtype: torch.dtype) -> DemoEditor:
@@ -105,28 +104,40 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         vae.encoder.compile(dynamic=False)
         for block in editor.transformer.transformer_blocks:
             block.compile(dynamic=False)
+    drawing = torch.Generator(device).manual_seed(args.seed + 1000)
     pool = Pool(args.pool, scenes, vae, args.edit_weight)
     for _ in range(args.prefill // args.refill_pairs):
-        pool.refill(args.refill_pairs, generator)
-    started, recent, first = time.monotonic(), [], weights.steps
-    while weights.steps < args.steps and time.monotonic() - started < args.minutes * 60:
+        pool.refill(args.refill_pairs, drawing)
+
+    def step() -> Tensor:
         loss = flow_loss(editor, prompts, pool.batch(args.batch, generator), generator)
         loss.backward()
-        step = weights.steps
-        weights.step(cosine(step, args.steps, warmup=300))
-        recent.append(loss.detach())
-        if step % args.refill_every == 0:
-            pool.refill(args.refill_pairs, generator)
-        if step % 100 == 99:
-            elapsed, mean = time.monotonic() - started, torch.stack(recent).mean().item()
-            rate = (step + 1 - first) * args.batch / elapsed
-            print(f"editor {step + 1:6d}/{args.steps} {elapsed:6.1f} s {rate:7.0f} pairs/s  loss {mean:.4f}", flush=True)
+        weights.step()
+        return loss.detach()
+
+    weights.prepare(cosine(0, 0.0, warmup=300))
+    step = captured(step, weights, generator)
+    started, recent, first = time.monotonic(), [], weights.steps
+    while (progress := max(weights.steps / args.steps, (time.monotonic() - started) / (args.minutes * 60))) < 1:
+        weights.prepare(cosine(weights.steps, progress, warmup=300))
+        recent.append(step())
+        done = weights.steps
+        if done % args.refill_every == 0:
+            pool.refill(args.refill_pairs, drawing)
+        if done % 200 == 0:
+            mean, elapsed = torch.stack(recent).mean().item(), time.monotonic() - started
+            rate = (done - first) * args.batch / elapsed
+            print(
+                f"editor {done:6d}/{args.steps} {elapsed:6.1f} s {rate:7.0f} pairs/s  loss {mean:.4f}  skipped {weights.check()}",
+                flush=True,
+            )
             recent.clear()
     averaged = {name: tensor.contiguous().cpu() for name, tensor in weights.averaged().items()}
     save_file(averaged, args.work / "editor.safetensors")
     torch.save(weights.state(), args.work / "state.pt")
     weights.use_averaged()
-    show(validate(editor, vae, prompts, scenes, LIGHTNING_SIGMAS, args.validate))
+    if args.validate:
+        show(validate(editor, vae, prompts, scenes, LIGHTNING_SIGMAS, args.validate))
     return {"steps": weights.steps, "batch": args.batch, "pairs_drawn": pool.drawn, "seconds": time.monotonic() - started}
 
 
@@ -143,7 +154,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pool", type=int, default=131072)
     parser.add_argument("--prefill", type=int, default=16384)
     parser.add_argument("--refill-pairs", type=int, default=REFILL_PAIRS)
-    parser.add_argument("--refill-every", type=int, default=3)
+    parser.add_argument("--refill-every", type=int, default=20)
     parser.add_argument("--validate", type=int, default=512, help="held-out scenes to measure at the end")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--resume", action="store_true")

@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,12 +72,13 @@ def statistics(vae: VAE, scenes: Scenes, generator: torch.Generator, dtype: torc
     return latents.mean((0, 2, 3)), latents.std((0, 2, 3))
 
 
-def train(steps: int, batch: int, lr: float, seed: int, device: torch.device, compiled: bool) -> tuple[VAE, dict[str, float]]:
+def train(steps: int, batch: int, lr: float, seed: int, device: torch.device, compiled: bool) -> tuple[VAE, dict[str, Any]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
     scenes = Scenes(device)
-    vae = build_vae().to(device, dtype).to(memory_format=torch.channels_last)
+    vae = build_vae().to(device, dtype)
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     weights = MasterWeights(dict(vae.named_parameters()), adam_lr=lr, betas=(0.9, 0.99))
     if compiled:
         vae.encoder.compile(dynamic=False)
@@ -86,14 +88,15 @@ def train(steps: int, batch: int, lr: float, seed: int, device: torch.device, co
         x = draw(scenes, batch, generator).to(dtype, memory_format=torch.channels_last)
         loss, absolute = loss_of(vae, x)
         loss.backward()
-        weights.step(cosine(step, steps, warmup=100))
+        weights.prepare(cosine(step, step / steps, warmup=100))
+        weights.step()
         if step % 100 == 0 or step == steps - 1:
             elapsed = time.monotonic() - started
             print(f"vae {step:6d}/{steps} {elapsed:6.1f} s  loss {loss.item():.4f}  l1 {absolute.item():.4f}", flush=True)
     weights.use_averaged()
     figures = {"steps": steps, "batch": batch, "l1": absolute.item(), "seconds": time.monotonic() - started}
     mean, std = statistics(vae, scenes, generator, dtype, STATISTICS_PICTURES)
-    return vae, figures | {"latents_mean": mean.tolist(), "latents_std": std.tolist()}  # type: ignore[dict-item]
+    return vae, figures | {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
 
 
 def main() -> None:

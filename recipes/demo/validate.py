@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from millicent.model.vae import VAE
 from recipes.demo.encoder import shrink
@@ -21,12 +23,20 @@ SEED = 90001
 BATCH = 64
 
 
+class SupportsVelocity(Protocol):
+    """What a rollout asks of train_editor's DemoEditor."""
+
+    def encode(self, prompts: PromptTable, ids: Tensor, small: Tensor) -> Tensor: ...
+
+    def velocity(self, noisy: Tensor, reference: Tensor, txt: Tensor, mask: Tensor, t: Tensor) -> Tensor: ...
+
+
 def rollout(
-    editor: nn.Module, noise: Tensor, reference: Tensor, txt: Tensor, mask: Tensor, sigmas: tuple[float, ...]
+    editor: SupportsVelocity, noise: Tensor, reference: Tensor, txt: Tensor, mask: Tensor, sigmas: tuple[float, ...]
 ) -> list[Tensor]:
     """Euler steps from noise (B, 256, 64): what each predicts as the final latents; the last one's is the result."""
     x, predicted = noise, []
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, following in itertools.pairwise(sigmas):
         t = torch.full((len(x),), sigma, device=x.device)
         velocity = editor.velocity(x, reference, txt, mask, t)
         predicted.append(x - sigma * velocity)
@@ -37,7 +47,7 @@ def rollout(
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # a few batches without gradients are not worth another compilation
 def validate(
-    editor: nn.Module, vae: VAE, prompts: PromptTable, scenes: Scenes, sigmas: tuple[float, ...], pictures: int = 512
+    editor: SupportsVelocity, vae: VAE, prompts: PromptTable, scenes: Scenes, sigmas: tuple[float, ...], pictures: int = 512
 ) -> dict[str, dict[str, float]]:
     """Mean figures by operation over held-out shapes and wordings; "vae" is what the VAE alone would reach."""
     device = scenes.device

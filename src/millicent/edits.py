@@ -5,6 +5,7 @@ The catalog and the server need nothing more than an object with `.edit(request)
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from typing import Literal, Protocol
 from PIL import Image
 
 from millicent.errors import EmptyPromptError, InputError, ScheduleError, SizeError
+from millicent.images import Fit
 
-Fit = Literal["fit", "pad", "crop"]
 Schedule = Literal["base", "lightning"]
 Stage = Literal["prepare", "encode", "denoise", "decode"]
 
@@ -88,10 +89,12 @@ def _check_schedule(steps: int | None, sigmas: tuple[float, ...] | None, schedul
         raise ScheduleError("Both sigmas and a schedule were given.", "Give one of them.")
     if steps is not None and steps != len(sigmas):
         raise ScheduleError(f"{steps} steps and {len(sigmas)} sigmas were given.", "Leave out steps: it follows from sigmas.")
-    falling = all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
+    falling = all(a > b for a, b in itertools.pairwise(sigmas))
     if not sigmas or not all(math.isfinite(s) and 0 < s <= 1 for s in sigmas) or not falling:
         shown = ", ".join(f"{s:g}" for s in sigmas)
-        raise ScheduleError(f"The sigmas are [{shown}].", "Give finite numbers in (0, 1], each below the one before, without the final 0.")
+        raise ScheduleError(
+            f"The sigmas are [{shown}].", "Give finite numbers in (0, 1], each below the one before, without the final 0."
+        )
 
 
 @dataclass(frozen=True, slots=True)

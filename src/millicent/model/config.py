@@ -103,7 +103,8 @@ class VAEConfig:
         made = cls(**_pick(cls, config, {"attn_scales": [], "temperal_downsample": ANY, "dropout": ANY}))
         if len(made.latents_mean) != made.z_dim or len(made.latents_std) != made.z_dim:
             raise CheckpointError(
-                f"The VAE has {made.z_dim} latent channels, but {len(made.latents_mean)} means and {len(made.latents_std)} deviations.",
+                f"The VAE has {made.z_dim} latent channels, but its config.json gives {len(made.latents_mean)} means "
+                f"and {len(made.latents_std)} deviations.",
                 "Fetch the VAE's config.json again.",
             )
         return made

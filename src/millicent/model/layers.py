@@ -38,7 +38,7 @@ class TimestepEmbedder(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))  # type: ignore[no-any-return]
+        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class TimeEmbedding(nn.Module):
@@ -53,7 +53,7 @@ class TimeEmbedding(nn.Module):
         half = TIMESTEP_CHANNELS // 2
         frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = 1000 * (t[:, None].float() * frequencies)
-        return self.timestep_embedder(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))  # type: ignore[no-any-return]
+        return self.timestep_embedder(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +86,7 @@ def image_positions(img_shapes: list[tuple[int, int]], device: torch.device) -> 
     return torch.cat(grids).float()
 
 
-def make_rope(
-    img_shapes: list[tuple[int, int]], txt_tokens: int, axes_dims: tuple[int, ...], device: torch.device
-) -> Rope:
+def make_rope(img_shapes: list[tuple[int, int]], txt_tokens: int, axes_dims: tuple[int, ...], device: torch.device) -> Rope:
     """Qwen-Image's MSRoPE: text goes on along the diagonal from where the largest picture ends."""
     first = max(max(height // 2, width // 2) for height, width in img_shapes)
     txt_positions = (torch.arange(txt_tokens, device=device).float() + first)[:, None].expand(-1, len(axes_dims))
@@ -192,7 +190,7 @@ class MLP(nn.Module):
         self.net = nn.ModuleList([GELUProjection(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))  # type: ignore[no-any-return]
+        return self.net[2](self.net[0](x))
 
 
 class Block(nn.Module):
@@ -231,4 +229,4 @@ class FinalNorm(nn.Module):
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         """x (B, tokens, D), vec (B, 1, D)."""
         scale, shift = self.linear(F.silu(vec)).chunk(2, -1)
-        return F.layer_norm(x, (x.shape[-1],), eps=NORM_EPS) * (1 + scale) + shift  # type: ignore[no-any-return]
+        return F.layer_norm(x, (x.shape[-1],), eps=NORM_EPS) * (1 + scale) + shift

@@ -56,11 +56,11 @@ class MMDiT(nn.Module):
         mask = joint_mask(txt_mask, img.shape[1])
         for block in self.transformer_blocks:
             img, txt = block(img, txt, img_vec, txt_vec, rope, mask, target_tokens)
-        return self.proj_out(self.norm_out(img[:, :target_tokens], txt_vec))  # type: ignore[no-any-return]
+        return self.proj_out(self.norm_out(img[:, :target_tokens], txt_vec))
 
     def embed_time(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         """timestep (B,) -> (B, D). Rounded to the compute dtype first, as the weights saw it in training."""
-        return self.time_text_embed(timestep.to(dtype), dtype)  # type: ignore[no-any-return]
+        return self.time_text_embed(timestep.to(dtype), dtype)
 
 
 def joint_mask(txt_mask: Tensor | None, img_tokens: int) -> Tensor | None:

@@ -46,13 +46,11 @@ class TextEncoder:
         self.image_processor = image_processor
         self.template = template
         self.max_prompt_tokens = max_prompt_tokens
-        self.image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_PAD))
+        (self.image_token_id,) = self._tokenize(IMAGE_PAD)
         self.prefix_tokens = len(self._tokenize(SYSTEM_PREFIX))
         _check_image_token(network, self.image_token_id)
 
-    def encode(
-        self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]
-    ) -> tuple[Tensor, Tensor | None]:
+    def encode(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> tuple[Tensor, Tensor | None]:
         """The post-norm last hidden state of each prompt with its pictures, the system prefix cut off.
 
         prompts: B texts. images: the pictures of each, as the model's card sizes them.
@@ -99,9 +97,7 @@ class TextEncoder:
         grids = iter([(height // merge, width // merge) for _, height, width in processed["image_grid_thw"].tolist()])
         return processed, [[next(grids) for _ in row] for row in images]
 
-    def _run(
-        self, rows: Sequence[tuple[list[int], Tensor]], processed: Any, grids: Sequence[Sequence[tuple[int, int]]]
-    ) -> Tensor:
+    def _run(self, rows: Sequence[tuple[list[int], Tensor]], processed: Any, grids: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
         """Last hidden states (B, T, C). Padded on the right, where a causal network's tokens never look: no mask."""
         device = next(self.network.parameters()).device
         longest = max(len(ids) for ids, _ in rows)
@@ -117,12 +113,10 @@ class TextEncoder:
             image_grid_thw=processed["image_grid_thw"].to(device),
             use_cache=False,
         )
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        return output.last_hidden_state
 
 
-def lay_out_tokens(
-    ids: Sequence[int], grids: Sequence[tuple[int, int]], image_token_id: int
-) -> tuple[list[int], Tensor]:
+def lay_out_tokens(ids: Sequence[int], grids: Sequence[tuple[int, int]], image_token_id: int) -> tuple[list[int], Tensor]:
     """Give each picture its tokens, and every token its place.
 
     ids: a text's tokens, one `image_token_id` for each picture. grids: (height, width) of each picture in tokens.
@@ -152,7 +146,8 @@ def build_network(config: Mapping[str, Any]) -> nn.Module:
             "Use a Qwen-Image-Edit, -2509 or -2511 folder.",
         )
     with _parameters_on_meta():
-        return Qwen2_5_VLModel(Qwen2_5_VLConfig.from_dict(dict(config))).eval()
+        network: nn.Module = Qwen2_5_VLModel(Qwen2_5_VLConfig.from_dict(dict(config)))
+    return network.train(False)
 
 
 @contextlib.contextmanager
@@ -188,7 +183,7 @@ def read_tokenizer(folder: Path) -> Qwen2Tokenizer:
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             _check_file(folder / name)
-    tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    tokenizer: Qwen2Tokenizer = Qwen2Tokenizer.from_pretrained(folder)
     if tokenizer.convert_tokens_to_ids(IMAGE_PAD) in (None, tokenizer.unk_token_id):
         raise CheckpointError(f"The tokenizer in {folder} does not know {IMAGE_PAD}.", "Fetch the tokenizer again.")
     return tokenizer

@@ -7,8 +7,10 @@ skipped on the first frame. Keeping that tap alone is therefore exact, and sever
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +42,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         update = self.conv1(F.silu(self.norm1(x)))
         update = self.conv2(F.silu(self.norm2(update)))
-        return self.conv_shortcut(x) + update  # type: ignore[no-any-return]
+        return self.conv_shortcut(x) + update
 
 
 class SelfAttention(nn.Module):
@@ -56,7 +58,7 @@ class SelfAttention(nn.Module):
         qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None]  # (B, 1, H W, 3 C)
         q, k, v = (t.contiguous() for t in qkv.chunk(3, -1))
         out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
-        return x + self.proj(out)  # type: ignore[no-any-return]
+        return x + self.proj(out)
 
 
 class MidBlock(nn.Module):
@@ -66,7 +68,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([SelfAttention(channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))  # type: ignore[no-any-return]
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
 class Downsample(nn.Module):
@@ -75,7 +77,7 @@ class Downsample(nn.Module):
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resample(x)  # type: ignore[no-any-return]
+        return self.resample(x)
 
 
 class Upsample(nn.Module):
@@ -85,7 +87,7 @@ class Upsample(nn.Module):
         self.resample = nn.Sequential(upsample, nn.Conv2d(channels, channels // 2, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resample(x)  # type: ignore[no-any-return]
+        return self.resample(x)
 
 
 class Encoder(nn.Module):
@@ -94,7 +96,7 @@ class Encoder(nn.Module):
         widths = [config.base_dim * m for m in (1, *config.dim_mult)]
         self.conv_in = nn.Conv2d(config.input_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
-        for level, (in_channels, out_channels) in enumerate(zip(widths, widths[1:], strict=False)):
+        for level, (in_channels, out_channels) in enumerate(itertools.pairwise(widths)):
             self.down_blocks.append(ResidualBlock(in_channels, out_channels))
             self.down_blocks.extend(ResidualBlock(out_channels, out_channels) for _ in range(config.num_res_blocks - 1))
             if level < len(config.dim_mult) - 1:
@@ -107,7 +109,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid_block(x))))  # type: ignore[no-any-return]
+        return self.conv_out(F.silu(self.norm_out(self.mid_block(x))))
 
 
 class UpBlock(nn.Module):
@@ -130,7 +132,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.z_dim, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0])
         self.up_blocks = nn.ModuleList()
-        for level, (in_channels, out_channels) in enumerate(zip(widths, widths[1:], strict=False)):
+        for level, (in_channels, out_channels) in enumerate(itertools.pairwise(widths)):
             halved = in_channels if level == 0 else in_channels // 2  # each upsampler halves the channels
             upsample = level < len(config.dim_mult) - 1
             self.up_blocks.append(UpBlock(halved, out_channels, config.num_res_blocks, upsample))
@@ -141,7 +143,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class VAE(nn.Module):
@@ -160,7 +162,7 @@ class VAE(nn.Module):
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         """Raw latents (B, 16, h, w), as `moments` gives them -> pixels (B, 3, 8 h, 8 w), not clamped."""
-        return self.decoder(self.post_quant_conv(latents))  # type: ignore[no-any-return]
+        return self.decoder(self.post_quant_conv(latents))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, H, W) in [-1, 1] -> the posterior's mode, standardized for the transformer: (B, 16, H/8, W/8)."""
@@ -173,9 +175,18 @@ class VAE(nn.Module):
         return self.reconstruct(latents * deviation + mean).clamp(-1, 1)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean = torch.tensor(self.config.latents_mean, dtype=like.dtype, device=like.device)
-        deviation = torch.tensor(self.config.latents_std, dtype=like.dtype, device=like.device)
-        return mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
+        config = self.config
+        return (
+            _per_channel(config.latents_mean, like.dtype, like.device),
+            _per_channel(config.latents_std, like.dtype, like.device),
+        )
+
+
+@cache  # no buffers of the module, since its parameters may be built on no device; no copy per call either
+def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """values (C,) -> (1, C, 1, 1)."""
+    with torch.inference_mode(False):  # it outlives the call that made it, and may meet a gradient later
+        return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
 
 
 def convert_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -194,7 +205,13 @@ def _to_2d(tensor: Tensor) -> Tensor:
     return tensor[..., 0] if tensor.ndim == 4 and tensor.shape[1:] == (1, 1, 1) else tensor
 
 
-_WAN_RESIDUAL = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2", "shortcut": "conv_shortcut"}
+_WAN_RESIDUAL = {
+    "residual.0": "norm1",
+    "residual.2": "conv1",
+    "residual.3": "norm2",
+    "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}
 _WAN_MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 _WAN_UP_BLOCK_LAYERS = 4  # three residual blocks and an upsampler; the last block has no upsampler
 

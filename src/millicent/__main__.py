@@ -1,0 +1,5 @@
+"""`python -m millicent`."""
+
+from millicent.cli.app import main
+
+main()

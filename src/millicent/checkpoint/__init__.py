@@ -1,0 +1,1 @@
+"""Weights on disk: which files make a model, and how they come into memory whole or not at all."""

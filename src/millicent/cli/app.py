@@ -1,0 +1,43 @@
+"""`millicent`: the commands, and where errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import millicent
+from millicent.cli.edit import edit
+from millicent.errors import MillicentError
+
+app = typer.Typer(
+    name="millicent",
+    help="Edit product images with open models, for tens of millicents an image.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"millicent {millicent.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Edit product images with open models, for tens of millicents an image."""
+
+
+app.command()(edit)
+
+
+def main() -> None:
+    try:
+        app()
+    except MillicentError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)

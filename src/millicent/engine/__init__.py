@@ -1,0 +1,1 @@
+"""From words to a picture: the schedule, the stages of an edit, and the editor that runs them."""

@@ -1,0 +1,153 @@
+"""The editor: one model, opened once, and the edits that it makes.
+
+torch and transformers are imported when a model is opened, so that this module can be imported, and a wrong name told,
+without them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from millicent import demo
+from millicent.checkpoint.folder import open_folder, read_json
+from millicent.edits import EditRequest, EditResult, OnProgress, Progress, Stage, Timings
+from millicent.errors import IncompleteModelError, MissingExtraError, ModelNotFoundError
+from millicent.facts.models import ModelCard, find_card, read_card
+
+if TYPE_CHECKING:
+    from millicent.engine.loading import Model
+
+DEMO_NAMES = ("demo", "demo-base")
+DEMO_BASE_STEPS = 20
+_DRAWN_SEEDS = 2**32  # a random seed is short enough to type again
+
+
+class Editor:
+    """A model in memory. `open` makes one; `edit` draws."""
+
+    def __init__(self, name: str, model: Model) -> None:
+        self.name = name
+        self.card: ModelCard = model.card
+        self.weights_sha256: str = model.weights_sha256
+        self._model = model
+
+    @classmethod
+    def open(cls, model: str | Path, *, device: str = "auto", dtype: str = "auto") -> Self:
+        """Load a model whole.
+
+        model: "demo", "demo-base" (the demo without its 4-step LoRA) or a diffusers-layout folder.
+        device: "auto" (the GPU where there is one), "cpu", "cuda" or "cuda:N".
+        dtype: "auto" (BF16 on a GPU, FP32 on a CPU), "bf16" or "fp32".
+        Raises ModelNotFoundError, IncompleteModelError, WeightsMismatchError, CheckpointError, MissingExtraError.
+        """
+        name, folder, card = find_model(model)
+        try:
+            from millicent.engine import loading
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("millicent"):
+                raise
+            raise MissingExtraError(
+                f"The package {error.name} is not installed, and drawing needs it.",
+                'Run: pip install "millicent[engine]"',
+            ) from error
+        place = loading.choose_device(device)
+        return cls(name, loading.load_model(folder, card, place, loading.choose_dtype(dtype, place)))
+
+    def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> EditResult:
+        """Draw every variant of a request. Raises InputError and its kinds for what this model cannot draw."""
+        import torch
+
+        from millicent.engine import pipeline
+
+        model, card = self._model, self.card
+        first_seed = secrets.randbelow(_DRAWN_SEEDS) if request.seed is None else request.seed
+        seeds = tuple(first_seed + variant for variant in range(request.variants))
+        true_cfg = card.true_cfg if request.true_cfg is None else request.true_cfg
+        negative_prompt = card.negative_prompt if request.negative_prompt is None else request.negative_prompt
+        watch = _Watch(on_progress, model)
+        with torch.inference_mode():
+            with watch.stage("prepare"):
+                prepared = pipeline.prepare(request, model)
+                sigmas, schedule = pipeline.make_sigmas(request, model, prepared.height, prepared.width)
+            with watch.stage("encode"):
+                guidance = negative_prompt if true_cfg > 1 else None
+                conditioning = pipeline.encode(prepared, model, request.prompt, guidance)
+            with watch.stage("denoise", len(sigmas) - 1) as on_step:
+                latents = pipeline.draw(conditioning, model, sigmas, seeds, true_cfg, on_step)
+            with watch.stage("decode", len(seeds)) as on_step:
+                images = pipeline.decode(latents, request, model, on_step)
+        return EditResult(
+            images=tuple(images),
+            seeds=seeds,
+            sigmas=tuple(sigmas),
+            schedule=schedule,
+            true_cfg=true_cfg,
+            model=self.name,
+            weights_sha256=self.weights_sha256,
+            timings=Timings(**{f"{stage}_s": seconds for stage, seconds in watch.seconds.items()}),
+        )
+
+
+class _Watch:
+    """Times the stages of one edit, and tells of each step."""
+
+    def __init__(self, on_progress: OnProgress | None, model: Model) -> None:
+        self.seconds: dict[Stage, float] = {}
+        self._on_progress = on_progress
+        self._device = model.device
+
+    @contextmanager
+    def stage(self, stage: Stage, steps: int = 1) -> Iterator[Callable[[int, int], None]]:
+        """Yields what to call before each step, where there are several; a stage of one step is told here."""
+        import torch
+
+        begin = time.perf_counter()
+        if stage in ("prepare", "encode"):
+            self._tell(stage, 0, steps)
+        yield lambda step, of: self._tell(stage, step, of)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[stage] = time.perf_counter() - begin
+        self._tell(stage, steps, steps)
+
+    def _tell(self, stage: Stage, step: int, steps: int) -> None:
+        if self._on_progress is not None:
+            self._on_progress(Progress(stage, step, steps))
+
+
+def find_model(model: str | Path) -> tuple[str, Path, ModelCard]:
+    """The name, folder and card of a model. Raises ModelNotFoundError, IncompleteModelError."""
+    if model in DEMO_NAMES:
+        return str(model), demo.folder(), _demo_card(str(model))
+    path = Path(model)
+    if not path.is_dir():
+        names = " or ".join(DEMO_NAMES)
+        raise ModelNotFoundError(f"There is no model {str(model)!r}.", f"Give {names}, or a folder that holds model_index.json.")
+    if not (path / "model_index.json").is_file():
+        raise IncompleteModelError(f"{path} holds no model_index.json.", "Give the folder of a whole diffusers-layout model.")
+    card = read_card(path / "card.toml") if (path / "card.toml").is_file() else _published_card(path)
+    return path.resolve().name, path, card
+
+
+def _demo_card(name: str) -> ModelCard:
+    path = demo.folder() / "card.toml"
+    if not path.is_file():
+        raise IncompleteModelError("The demo model is not in this package.", "Install millicent again.")
+    card = read_card(path)
+    if name == "demo":
+        return card
+    return dataclasses.replace(card, name=name, lora=None, schedule="base", steps=DEMO_BASE_STEPS)
+
+
+def _published_card(path: Path) -> ModelCard:
+    """The card that the folder's own configs point to. 2509 and 2511 differ in `zero_cond_t` alone."""
+    if open_folder(path).pipeline == "edit":
+        return find_card("qwen-image-edit")
+    zero_cond_t = read_json(path / "transformer" / "config.json").get("zero_cond_t", False)
+    return find_card("qwen-image-edit-2511" if zero_cond_t else "qwen-image-edit-2509")

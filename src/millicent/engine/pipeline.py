@@ -1,0 +1,209 @@
+"""The four stages of an edit, each a function from one frozen value to the next:
+
+    request -> prepare -> Prepared -> encode -> Conditioning -> denoise -> Latents -> decode -> pictures
+
+Sizes, packing, noise and rounding are those of diffusers' QwenImageEditPipeline and QwenImageEditPlusPipeline, so that
+the same weights and the same seed give the same picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from millicent.edits import EditRequest
+from millicent.engine.loading import Model
+from millicent.engine.sampler import base_sigmas, denoise, guide, lightning_sigmas
+from millicent.errors import CheckpointError, InputError, SizeError
+from millicent.facts.models import ModelCard
+from millicent.images import fit_to, flatten
+
+OnStep = Callable[[int, int], None]  # the step's number and how many there are
+
+PATCH = 2  # latents a side of one token
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The pictures as the two encoders want them, and the size to draw, in pixels.
+
+    encoder_images: for the text encoder. references: for the VAE, each (1, 3, H, W) in [-1, 1], FP32.
+    """
+
+    encoder_images: tuple[Image.Image, ...]
+    references: tuple[Tensor, ...]
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What the transformer is told.
+
+    positive, negative: hidden states (1, T, C); negative is None without guidance.
+    references: packed latents (1, tokens, 64).
+    img_shapes: (height, width) in tokens of the target, then of each reference.
+    """
+
+    positive: Tensor
+    negative: Tensor | None
+    references: Tensor
+    img_shapes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """Denoised latents, one row a variant: (B, 16, h, w), standardized."""
+
+    tensor: Tensor
+
+
+def prepare(request: EditRequest, model: Model) -> Prepared:
+    """Bring every picture to its two sizes. Raises SizeError for a shape no size suits, InputError for too many."""
+    card = model.card
+    if card.pipeline == "edit" and len(request.images) > 1:
+        raise InputError(
+            f"{len(request.images)} pictures were given; {card.title} edits one.",
+            "Give one picture, or use a model of the 2509 or 2511 kind.",
+        )
+    images = [flatten(image) for image in request.images]
+    vae_images = [resize(image, *size_for_area(card.vae_area_px, image.height, image.width)) for image in images]
+    # in Edit both encoders get the same picture, resized once
+    encoder_images = [resize(image, *size_for_area(card.encoder_area_px, image.height, image.width)) for image in images]
+    height, width = drawn_size(request, card, model.pixels_per_token)
+    return Prepared(tuple(encoder_images), tuple(to_pixels(image) for image in vae_images), height, width)
+
+
+def size_for_area(area_px: int, height: int, width: int, multiple: int = 32) -> tuple[int, int]:
+    """(height, width) of about `area_px` in the shape of height x width, each side rounded to the multiple."""
+    ratio = width / height
+    wide = math.sqrt(area_px * ratio)
+    sized = round(wide / ratio / multiple) * multiple, round(wide / multiple) * multiple
+    if 0 in sized:
+        raise SizeError(
+            f"A picture of {width}x{height} pixels is too long for this model.",
+            "Crop it so that the longer side is at most 16 times the shorter.",
+        )
+    return sized
+
+
+def drawn_size(request: EditRequest, card: ModelCard, multiple: int) -> tuple[int, int]:
+    """(height, width) in pixels that the model draws: the last picture's shape, or the asked one with fit="fit"."""
+    if request.height is None or request.width is None or request.fit != "fit":
+        last = request.images[-1]
+        return size_for_area(card.vae_area_px, last.height, last.width)
+    area_px = min(card.vae_area_px, request.height * request.width)
+    return size_for_area(area_px, request.height, request.width, multiple)
+
+
+def encode(prepared: Prepared, model: Model, prompt: str, negative_prompt: str | None) -> Conditioning:
+    """Read the prompts with the pictures, and encode the pictures. `negative_prompt` is None without guidance."""
+    images = [prepared.encoder_images]
+    positive, _ = model.text_encoder.encode([prompt], images)
+    negative = None if negative_prompt is None else model.text_encoder.encode([negative_prompt], images)[0]
+    latents = [model.vae.encode(pixels.to(model.device, model.dtype)) for pixels in prepared.references]
+    target = prepared.height // model.pixels_per_token, prepared.width // model.pixels_per_token
+    shapes = [target, *((z.shape[2] // PATCH, z.shape[3] // PATCH) for z in latents)]
+    return Conditioning(positive, negative, torch.cat([pack(z) for z in latents], 1), tuple(shapes))
+
+
+def draw(
+    conditioning: Conditioning,
+    model: Model,
+    sigmas: Sequence[float],
+    seeds: Sequence[int],
+    true_cfg: float,
+    on_step: OnStep | None = None,
+) -> Latents:
+    """Denoise one variant for each seed, all in one batch; with a negative prompt, two forwards a step."""
+    shapes, count, steps = list(conditioning.img_shapes), len(seeds), len(sigmas) - 1
+    references = conditioning.references.expand(count, -1, -1)
+
+    def velocity(txt: Tensor, img: Tensor, timestep: Tensor) -> Tensor:
+        return model.mmdit(img, txt.expand(count, -1, -1), timestep, shapes)
+
+    def step(latents: Tensor, timestep: Tensor) -> Tensor:
+        img = torch.cat([latents, references], 1)
+        positive = velocity(conditioning.positive, img, timestep)
+        if conditioning.negative is None:
+            return positive
+        return guide(positive, velocity(conditioning.negative, img, timestep), true_cfg)
+
+    height, width = shapes[0]
+    noise = make_noise(seeds, model, PATCH * height, PATCH * width)
+    tell = None if on_step is None else lambda number: on_step(number, steps)
+    return Latents(unpack(denoise(step, pack(noise), sigmas, tell), height, width))
+
+
+def make_noise(seeds: Sequence[int], model: Model, height: int, width: int) -> Tensor:
+    """(B, 16, height, width) of latents; each row from its own CPU generator, in the compute dtype, as in diffusers."""
+    shape = (1, model.vae.config.z_dim, height, width)
+    rows = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=model.dtype) for seed in seeds]
+    return torch.cat(rows).to(model.device)
+
+
+def make_sigmas(request: EditRequest, model: Model, height: int, width: int) -> tuple[list[float], str]:
+    """The sigmas of a picture of height x width pixels, the final 0 included, and the schedule's name."""
+    if request.sigmas is not None:
+        return [*request.sigmas, 0.0], "sigmas"
+    schedule = request.schedule or model.card.schedule
+    steps = request.steps or model.card.steps
+    if schedule == "lightning":
+        return lightning_sigmas(steps), schedule
+    tokens = (height // model.pixels_per_token) * (width // model.pixels_per_token)
+    return base_sigmas(steps, tokens, model.schedule), schedule
+
+
+def decode(latents: Latents, request: EditRequest, model: Model, on_step: OnStep | None = None) -> list[Image.Image]:
+    """Latents to pictures of the asked size, one at a time to hold memory down.
+
+    Raises CheckpointError where the weights have drawn no finite values.
+    """
+    images = []
+    count = latents.tensor.shape[0]
+    for number in range(count):
+        if on_step is not None:
+            on_step(number, count)
+        pixels = model.vae.decode(latents.tensor[number : number + 1])
+        if not bool(pixels.isfinite().all()):
+            raise CheckpointError("The model drew values that are not finite.", "Check its weights, or try fp32.")
+        image = to_image(pixels[0])
+        if request.height is not None and request.width is not None:
+            image = fit_to(image, request.width, request.height, request.fit)
+        images.append(image)
+    return images
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, 16, h, w) -> (B, h/2 w/2, 64): each 2x2 patch becomes one token."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(B, height width, 64) -> (B, 16, 2 height, 2 width)."""
+    patches = tokens.reshape(tokens.shape[0], height, width, -1, PATCH, PATCH)
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def resize(image: Image.Image, height: int, width: int) -> Image.Image:
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """(1, 3, H, W) in [-1, 1], FP32."""
+    array = np.asarray(image, dtype=np.float32) / 255.0
+    return 2.0 * torch.from_numpy(array.transpose(2, 0, 1).copy())[None] - 1.0
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> a picture, rounded to the nearest of 256 levels."""
+    levels = ((pixels * 0.5 + 0.5).clamp(0, 1).float() * 255).round()
+    return Image.fromarray(levels.permute(1, 2, 0).byte().cpu().numpy())
