@@ -31,7 +31,7 @@ from millicent.errors import (
 Fit = Literal["fit", "pad", "crop"]
 
 MAX_PIXELS = 80_000_000  # a decoded RGB picture of this size takes 240 MB
-READ_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: what some phones call a JPEG with a second picture behind it
+READ_FORMATS = ("JPEG", "PNG", "WEBP")  # JPEG brings MPO along: what some phones write, with a second picture behind
 WRITE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 QUALITY = 95
 WHITE = (255, 255, 255)
