@@ -25,6 +25,7 @@ from torch import nn
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from benchmarks.reference import BASE_SCHEDULER, make_processor
 from millicent.model.prompt import SYSTEM_TEXT
 
 # the networks are tiny: more threads would only wait for each other
@@ -40,24 +41,6 @@ SPECIAL_TOKENS = [
     *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
     *("<|image_pad|>", "<|video_pad|>"),
 ]
-
-# the scheduler_config.json of the published base models
-SCHEDULER = {
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "invert_sigmas": False,
-    "max_image_seq_len": 8192,
-    "max_shift": 0.9,
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "shift_terminal": 0.02,
-    "stochastic_sampling": False,
-    "time_shift_type": "exponential",
-    "use_beta_sigmas": False,
-    "use_dynamic_shifting": True,
-    "use_exponential_sigmas": False,
-    "use_karras_sigmas": False,
-}
 
 
 def draw_weights(module: nn.Module, seed: int, gain: float = 1.0) -> nn.Module:
@@ -154,28 +137,15 @@ def make_text_encoder(tokenizer: transformers.Qwen2Tokenizer) -> transformers.Qw
     return draw_weights(transformers.Qwen2_5_VLForConditionalGeneration(config), seed=3)
 
 
-def make_processor(tokenizer: transformers.Qwen2Tokenizer) -> transformers.Qwen2VLProcessor:
-    """transformers' own processor around its own parts, without the video processor, which wants torchvision."""
-    processor = transformers.Qwen2VLProcessor.__new__(transformers.Qwen2VLProcessor)
-    processor.tokenizer = tokenizer
-    processor.image_processor = Qwen2VLImageProcessorPil(min_pixels=28 * 28)
-    processor.image_token = "<|image_pad|>"
-    processor.video_token = "<|video_pad|>"
-    processor.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    processor.video_token_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    processor.chat_template = None
-    return processor
-
-
 def make_pipeline(kind: str, zero_cond_t: bool, vae_base_dim: int = 8) -> diffusers.DiffusionPipeline:
     tokenizer = make_tokenizer()
     made = {"edit": diffusers.QwenImageEditPipeline, "edit-plus": diffusers.QwenImageEditPlusPipeline}[kind]
     return made(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**BASE_SCHEDULER),
         vae=make_vae(vae_base_dim),
         text_encoder=make_text_encoder(tokenizer),
         tokenizer=tokenizer,
-        processor=make_processor(tokenizer),
+        processor=make_processor(tokenizer, Qwen2VLImageProcessorPil(min_pixels=28 * 28)),
         transformer=make_transformer(zero_cond_t),
     )
 

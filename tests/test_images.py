@@ -137,13 +137,10 @@ def test_a_broken_profile_is_refused_rather_than_guessed() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16", "CMYK"])
 def test_every_mode_becomes_rgb_or_rgba(mode: str) -> None:
-    if mode == "I;16":
-        source = Image.fromarray((pixels(PICTURE.convert("L")) * 257).astype(np.uint16))
-    else:
-        source = PICTURE.convert(mode)
+    source = Image.fromarray((pixels(PICTURE.convert("L")) * 257).astype(np.uint16)) if mode == "I;16" else PICTURE.convert(mode)
     opened = open_image(encode(source, "JPEG" if mode == "CMYK" else "PNG", **({"quality": 100} if mode == "CMYK" else {})))
     assert opened.mode == ("RGBA" if mode in ("LA", "RGBA") else "RGB")
-    expected = source.convert("RGB") if mode not in ("I;16",) else PICTURE.convert("L").convert("RGB")
+    expected = source.convert("RGB") if mode != "I;16" else PICTURE.convert("L").convert("RGB")
     assert np.abs(pixels(opened.convert("RGB")) - pixels(expected)).max() <= (12 if mode == "CMYK" else 1)
 
 

@@ -141,7 +141,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     return {"steps": weights.steps, "batch": args.batch, "pairs_drawn": pool.drawn, "seconds": time.monotonic() - started}
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/demo"))
     parser.add_argument("--steps", type=int, default=16000)
@@ -159,8 +159,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    print(json.dumps(train(parser.parse_args())))
 
 
 if __name__ == "__main__":
-    print(json.dumps(train(parse_args())))
+    main()

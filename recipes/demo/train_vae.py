@@ -23,6 +23,7 @@ from recipes.demo.scenes import Scenes
 
 KL_WEIGHT = 2e-4
 STATISTICS_PICTURES = 2048
+STATISTICS_BATCH = 64
 
 
 def edges(x: Tensor) -> Tensor:
@@ -65,9 +66,10 @@ def draw(scenes: Scenes, batch: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def statistics(vae: VAE, scenes: Scenes, generator: torch.Generator, dtype: torch.dtype, pictures: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (16,) of the latents over `pictures` pictures."""
-    batches = [vae.moments(draw(scenes, 64, generator).to(dtype))[0].float() for _ in range(max(1, pictures // 64))]
+def statistics(vae: VAE, scenes: Scenes, generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (16,) of the latents over STATISTICS_PICTURES pictures."""
+    counts = range(0, STATISTICS_PICTURES, STATISTICS_BATCH)
+    batches = [vae.moments(draw(scenes, STATISTICS_BATCH, generator).to(dtype))[0].float() for _ in counts]
     latents = torch.cat(batches)
     return latents.mean((0, 2, 3)), latents.std((0, 2, 3))
 
@@ -95,7 +97,7 @@ def train(steps: int, batch: int, lr: float, seed: int, device: torch.device, co
             print(f"vae {step:6d}/{steps} {elapsed:6.1f} s  loss {loss.item():.4f}  l1 {absolute.item():.4f}", flush=True)
     weights.use_averaged()
     figures = {"steps": steps, "batch": batch, "l1": absolute.item(), "seconds": time.monotonic() - started}
-    mean, std = statistics(vae, scenes, generator, dtype, STATISTICS_PICTURES)
+    mean, std = statistics(vae, scenes, generator, dtype)
     return vae, figures | {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
 
 

@@ -1,15 +1,10 @@
-"""The whole pipeline against diffusers': the same tiny weights and the same seed give the same picture.
+"""The whole pipeline against diffusers': the same weights and the same seed give the same picture.
 
-One thing is mended on diffusers' side: with transformers 5 its Qwen-Image-Edit pipelines forget to pass
-`mm_token_type_ids` on, and the text encoder then takes plain text positions for the picture tokens
-(huggingface/diffusers issue 14194). A hook passes them on, so that both sides see the positions that the model was
-trained with. `test_without_the_mended_positions...` shows that this is the only difference.
+One thing is mended on diffusers' side, the positions of the picture tokens (benchmarks/reference.py says how and why);
+`test_without_the_mended_positions...` shows that this is the only difference.
 """
 
-import importlib
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +14,6 @@ import pytest
 import torch
 from conftest import (
     ENCODER_AREA_PX,
-    SCHEDULER,
     VAE_AREA_PX,
     MakeFolder,
     MakePipeline,
@@ -29,15 +23,16 @@ from conftest import (
 )
 from PIL import Image
 
+from benchmarks.reference import SCHEDULERS, mended_positions, open_pipeline, picture_areas
+from millicent import demo
 from millicent.edits import EditRequest
 from millicent.engine.editor import Editor
 from millicent.model import text_encoder
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
 # both round to 8 bits; where FP32 sums in another order end on two sides of a half, they differ by one level
 LEVELS = 1
-
-LIGHTNING = {**SCHEDULER, "base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
-MODULES = {"edit": "pipeline_qwenimage_edit", "edit-plus": "pipeline_qwenimage_edit_plus"}
 
 LANDSCAPE = draw_picture(150, 230)
 PORTRAIT = draw_picture(200, 130, seed=1)
@@ -45,38 +40,15 @@ SQUARE = draw_picture(100, 100, seed=2)
 
 
 @pytest.fixture
-def small_areas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers' areas, which are constants in its modules, as small as our tiny card's."""
-    areas = {1024 * 1024: VAE_AREA_PX, 384 * 384: ENCODER_AREA_PX}
-    for name in MODULES.values():
-        module = importlib.import_module(f"diffusers.pipelines.qwenimage.{name}")
-        original = module.calculate_dimensions
-
-        def shrunk(area: int, ratio: float, original: Callable[..., Any] = original) -> Any:
-            return original(areas[area], ratio)
-
-        monkeypatch.setattr(module, "calculate_dimensions", shrunk)
-
-
-@contextmanager
-def mended_positions(pipeline: diffusers.DiffusionPipeline) -> Iterator[None]:
-    encoder = pipeline.text_encoder
-
-    def pass_on(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        token_types = (kwargs["input_ids"] == encoder.config.image_token_id).int()
-        return args, {**kwargs, "mm_token_type_ids": token_types}
-
-    hook = encoder.register_forward_pre_hook(pass_on, with_kwargs=True)
-    try:
+def small_areas() -> Iterator[None]:
+    with picture_areas(VAE_AREA_PX, ENCODER_AREA_PX):
         yield
-    finally:
-        hook.remove()
 
 
 def run_diffusers(
     pipeline: diffusers.DiffusionPipeline, images: list[Image.Image], seed: int, schedule: str, **arguments: Any
 ) -> np.ndarray:
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**(LIGHTNING if schedule == "lightning" else SCHEDULER))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULERS[schedule])
     pipeline = type(pipeline)(**{**pipeline.components, "scheduler": scheduler})
     pipeline.set_progress_bar_config(disable=True)
     image = images if isinstance(pipeline, diffusers.QwenImageEditPlusPipeline) else images[0]
@@ -222,3 +194,15 @@ def test_the_picture_equals_diffusers_at_the_published_areas(tmp_path: Path) -> 
     assert expected.shape == (832, 1280, 3)
     ours = run_ours(folder, [LANDSCAPE], prompt="navy", steps=1, schedule="lightning", true_cfg=1.0, seed=1)
     assert_same_picture(ours, expected)
+
+
+@pytest.mark.parametrize(("prompt", "steps"), [("make the shirt navy blue", 4), ("Take this item and add white stripes to it", 8)])
+def test_the_demos_trained_weights_draw_diffusers_picture(prompt: str, steps: int) -> None:
+    """What random weights do not have: trained statistics, a real tokenizer's merges, a picture that makes sense."""
+    pipeline = open_pipeline(demo.folder(), "lightning", torch.float32)
+    shirt = Image.open(EXAMPLES / "shirt.png").convert("RGB")
+    with mended_positions(pipeline), picture_areas(256 * 256, 112 * 112):
+        expected = run_diffusers(pipeline, [shirt], 5, "lightning", prompt=prompt, num_inference_steps=steps, true_cfg_scale=1.0)
+    request = EditRequest(images=(shirt,), prompt=prompt, steps=steps, schedule="lightning", seed=5)
+    ours = Editor.open("demo-base", device="cpu").edit(request).image
+    assert_same_picture(np.asarray(ours).astype(int), expected)
