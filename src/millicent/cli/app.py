@@ -37,7 +37,7 @@ app.command()(edit)
 
 def main() -> None:
     try:
-        app()
+        app(prog_name="millicent")
     except MillicentError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -40,7 +40,9 @@ def edit(
     image: Annotated[str, typer.Argument(help="The picture to edit; - reads standard input.")],
     prompt: Annotated[str, typer.Argument(help='What to change, as in "make the shirt navy blue".')],
     out: Annotated[str, typer.Option("-o", "--out", help="A .png, .jpg or .webp; - writes a PNG to standard output.")],
-    more: Annotated[list[Path] | None, typer.Option("--image", help="One more reference picture. Repeatable.")] = None,
+    more: Annotated[
+        list[Path] | None, typer.Option("--image", metavar="<file>", help="One more reference picture. Repeatable.")
+    ] = None,
     model: Annotated[str, typer.Option(help="demo, demo-base, or a diffusers-layout folder.")] = "demo",
     steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.")] = None,
     schedule: Annotated[Schedule | None, typer.Option(help="How noise falls. Default: the model's.")] = None,
