@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from conftest import SCHEDULER
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift, retrieve_timesteps
 
+from benchmarks.reference import BASE_SCHEDULER
 from millicent.engine.sampler import (
     BaseSchedule,
     base_sigmas,
@@ -19,8 +19,8 @@ from millicent.engine.sampler import (
 )
 from millicent.errors import CheckpointError
 
-LIGHTNING = {**SCHEDULER, "base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
-BASE = BaseSchedule.from_dict(SCHEDULER)
+LIGHTNING = {**BASE_SCHEDULER, "base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
+BASE = BaseSchedule.from_dict(BASE_SCHEDULER)
 IMAGE_TOKENS = (64, 256, 1024, 4056, 4096, 6400)
 
 
@@ -38,7 +38,7 @@ def reference_scheduler(config: dict[str, object], steps: int, image_tokens: int
 @pytest.mark.parametrize("image_tokens", IMAGE_TOKENS)
 def test_base_sigmas_equal_diffusers(image_tokens: int) -> None:
     for steps in range(2, 51):
-        assert base_sigmas(steps, image_tokens, BASE) == reference_scheduler(SCHEDULER, steps, image_tokens).sigmas.tolist()
+        assert base_sigmas(steps, image_tokens, BASE) == reference_scheduler(BASE_SCHEDULER, steps, image_tokens).sigmas.tolist()
 
 
 @pytest.mark.parametrize("image_tokens", IMAGE_TOKENS)
@@ -82,12 +82,12 @@ def test_a_single_base_step_is_finite() -> None:
 )
 def test_another_scheduler_is_refused(key: str, value: object) -> None:
     with pytest.raises(CheckpointError, match=key):
-        BaseSchedule.from_dict({**SCHEDULER, key: value})
+        BaseSchedule.from_dict({**BASE_SCHEDULER, key: value})
 
 
 def test_a_missing_shift_is_what_diffusers_takes_it_for() -> None:
     keys = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "shift_terminal")
-    bare = {key: value for key, value in SCHEDULER.items() if key not in keys}
+    bare = {key: value for key, value in BASE_SCHEDULER.items() if key not in keys}
     expected = reference_scheduler(bare, 8, 4096).sigmas.tolist()
     assert base_sigmas(8, 4096, BaseSchedule.from_dict(bare)) == expected
 
@@ -103,7 +103,7 @@ def test_denoise_equals_diffusers_steps(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 6, 64, generator=generator).to(dtype)
     velocities = [torch.randn(2, 6, 64, generator=generator).to(dtype) for _ in range(7)]
-    scheduler = reference_scheduler(SCHEDULER, 7, 4096)
+    scheduler = reference_scheduler(BASE_SCHEDULER, 7, 4096)
     scheduler.set_begin_index(0)
     expected, expected_timesteps = noise, []
     for t, velocity in zip(scheduler.timesteps, velocities, strict=True):
