@@ -70,7 +70,7 @@ def edit(
         check_writable(path)
     if alpha == "keep" and any(path.suffix.lower() in (".jpg", ".jpeg") for path in paths):
         raise OutputError("A JPEG cannot hold the transparency that --alpha keep asks for.", "Write PNG or WebP.")
-    sources = [read_source(name) for name in [image, *(more or [])]]
+    sources = [read_source(name) for name in (image, *(more or ()))]
     height, width = parse_size(size)
     request = EditRequest(
         images=tuple(flatten(source.image) for source in sources),
