@@ -1,0 +1,143 @@
+"""Which network a header's tensors belong to, told by names and by the shapes of what is never quantized.
+
+Nothing here imports torch. The expected tensors of Qwen-Image's transformer are listed as diffusers'
+QwenImageTransformer2DModel names them; a test holds the list equal to the network itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from millicent.checkpoint.header import TensorInfo
+from millicent.errors import CheckpointError
+from millicent.model.config import MMDiTConfig
+
+Part = Literal["transformer", "text_encoder", "vae", "lora", "all-in-one", "other"]
+
+# what stands before a component's own names; all of its tensors share one
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "net.", "")
+ALL_IN_ONE = {"transformer": "model.diffusion_model.", "text_encoder": "text_encoders.qwen25_7b.transformer.", "vae": "vae."}
+ZERO_COND_T_MARKER = "__index_timestep_zero__"  # ComfyUI's flag for 2511; no weight
+LAYERED_MARKER = "time_text_embed.addition_t_embedding.weight"
+LORA_ENDINGS = re.compile(
+    r"(\.|_)(lora_(down|up|A|B|[AB]\.\w+|linear_layer\.(down|up))|lora\.(down|up)|lokr_w[12](_[ab])?|hada_w[12]_[ab]"
+    r"|diff(_b)?|set_weight|dora_scale)(\.weight)?$"
+)
+# other families that are met under similar file names: a tensor that only they have
+OTHER_FAMILIES = {
+    "Qwen-Image-2.1": ("txt_in.text_norm.weight", "modulation.1.weight"),
+    "Flux": ("double_blocks.0.img_attn.qkv.weight",),
+    "Wan": ("blocks.0.self_attn.q.weight",),
+    "Lens": ("transformer_blocks.0.img_mlp.w1.weight",),
+    "Z-Image": ("cap_embedder.0.weight",),
+    "Nunchaku's Qwen-Image": ("transformer_blocks.0.attn.to_qkv.qweight",),
+}
+_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
+STREAM_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """part: what the tensors are. prefix: what stands before the part's own names. family: for part "other"."""
+
+    part: Part
+    prefix: str = ""
+    family: str = ""
+
+
+def find_part(keys: Collection[str]) -> Found:
+    """Tell what a file holds by its tensors' names alone."""
+    if not keys:
+        return Found("other", family="an empty file")
+    if sum(bool(LORA_ENDINGS.search(key)) for key in keys) * 2 > len(keys):
+        return Found("lora")
+    if {part for part, prefix in ALL_IN_ONE.items() if any(key.startswith(prefix) for key in keys)} == set(ALL_IN_ONE):
+        return Found("all-in-one")
+    for prefix in PREFIXES:
+        if f"{prefix}txt_norm.weight" in keys and any(key.startswith(f"{prefix}transformer_blocks.0.") for key in keys):
+            return Found("transformer", prefix)
+    for prefix in PREFIXES:
+        for family, markers in OTHER_FAMILIES.items():
+            if any(f"{prefix}{marker}" in keys for marker in markers):
+                return Found("other", prefix, family)
+    if any(key.endswith("layers.0.self_attn.k_proj.bias") for key in keys):
+        return Found("text_encoder")
+    if "decoder.middle.0.residual.0.gamma" in keys or "decoder.up_blocks.0.resnets.0.conv1.weight" in keys:
+        return Found("vae")
+    return Found("other", family="an unknown network")
+
+
+def strip_prefix(tensors: Mapping[str, TensorInfo], prefix: str, name: str) -> dict[str, TensorInfo]:
+    """The tensors by the part's own names. Raises CheckpointError for one that does not carry the prefix."""
+    if outside := sorted(key for key in tensors if not key.startswith(prefix)):
+        raise CheckpointError(
+            f"{name} has {len(outside)} tensors without the prefix {prefix!r} that the others have, such as {outside[0]}.",
+            "Use a file that holds one model.",
+        )
+    return {key.removeprefix(prefix): info for key, info in tensors.items()}
+
+
+def transformer_config(tensors: Mapping[str, TensorInfo], name: str, zero_cond_t: bool) -> MMDiTConfig:
+    """The transformer's shape, read from biases and norms, which no format quantizes.
+
+    tensors: by the transformer's own names. Raises CheckpointError where a block is missing or a shape is another network's.
+    """
+    blocks = sorted({int(found[1]) for key in tensors if (found := _BLOCK.match(key))})
+    if blocks != list(range(len(blocks))):
+        absent = sorted(set(range(blocks[-1])) - set(blocks))
+        raise CheckpointError(f"{name} lacks the blocks {absent} below {blocks[-1]}.", "Fetch the whole file again.")
+    dim, head_dim = _length(tensors, "img_in.bias", name), _length(tensors, "transformer_blocks.0.attn.norm_q.weight", name)
+    patch_values = _length(tensors, "proj_out.bias", name)
+    config = MMDiTConfig(
+        in_channels=64,
+        out_channels=patch_values // 4,
+        num_layers=len(blocks),
+        attention_head_dim=head_dim,
+        num_attention_heads=dim // head_dim,
+        joint_attention_dim=_length(tensors, "txt_norm.weight", name),
+        axes_dims_rope=(head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16),
+        zero_cond_t=zero_cond_t,
+    )
+    if dim % head_dim or patch_values != 64:
+        raise CheckpointError(
+            f"{name} has {dim} channels in heads of {head_dim} and {patch_values} values a patch; Qwen-Image 1.x has 64.",
+            "Use a Qwen-Image-Edit, -2509 or -2511 transformer.",
+        )
+    return config
+
+
+def _length(tensors: Mapping[str, TensorInfo], key: str, name: str) -> int:
+    info = tensors.get(key)
+    if info is None or len(info.shape) != 1 or not info.shape[0]:
+        found = "is missing" if info is None else f"has the shape {list(info.shape)}"
+        raise CheckpointError(f"In {name} {key} {found}; it is a vector in Qwen-Image's transformer.", "Fetch the file again.")
+    return info.shape[0]
+
+
+def transformer_tensors(config: MMDiTConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the transformer with its shape: 32 a block and 13 beside them."""
+    dim, joint, head = config.dim, config.joint_attention_dim, config.attention_head_dim
+    patch_values = config.patch_size**2 * config.out_channels
+    expected: dict[str, tuple[int, ...]] = {"txt_norm.weight": (joint,)}
+    linears = {
+        "img_in": (dim, config.in_channels),
+        "txt_in": (dim, joint),
+        "time_text_embed.timestep_embedder.linear_1": (dim, 256),
+        "time_text_embed.timestep_embedder.linear_2": (dim, dim),
+        "norm_out.linear": (2 * dim, dim),
+        "proj_out": (patch_values, dim),
+    }
+    for i in range(config.num_layers):
+        block = f"transformer_blocks.{i}"
+        linears |= {f"{block}.attn.{projection}": (dim, dim) for projection in STREAM_PROJECTIONS}
+        for stream in ("img", "txt"):
+            linears[f"{block}.{stream}_mod.1"] = (6 * dim, dim)
+            linears[f"{block}.{stream}_mlp.net.0.proj"] = (4 * dim, dim)
+            linears[f"{block}.{stream}_mlp.net.2"] = (dim, 4 * dim)
+        expected |= {f"{block}.attn.{norm}.weight": (head,) for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")}
+    for linear, (rows, columns) in linears.items():
+        expected |= {f"{linear}.weight": (rows, columns), f"{linear}.bias": (rows,)}
+    return expected
