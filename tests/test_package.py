@@ -36,6 +36,7 @@ def test_importing_loads_nothing_heavy() -> None:
 def test_the_command_line_and_the_nouns_load_no_torch() -> None:
     code = """
 import sys, millicent.cli.app, millicent.engine.editor, millicent.facts.models
+import millicent.checkpoint.header, millicent.checkpoint.architecture
 from millicent import Editor, EditRequest, open_image
 print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"""
     assert run(code) == "[]"

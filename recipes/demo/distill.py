@@ -119,13 +119,19 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             pool.refill(args.refill_pairs, drawing)
         if weights.steps % 100 == 0:
             elapsed, mean = time.monotonic() - started, torch.stack(recent).mean().item()
-            print(f"lora {weights.steps:5d}/{args.steps} {elapsed:6.1f} s  loss {mean:.4f}  skipped {weights.check()}", flush=True)
+            print(
+                f"lora {weights.steps:5d}/{args.steps} {elapsed:6.1f} s  loss {mean:.4f}  skipped {weights.skipped}",
+                flush=True,
+            )
             recent.clear()
+            if weights.lost():
+                print("stopping early: too many gradients were not finite", flush=True)
+                break
     save_lora(args.work / "lora.safetensors", weights.averaged(), args.rank)
     weights.use_averaged()
     if args.validate:
         show(validate(editor, vae, prompts, pool.scenes, LIGHTNING_SIGMAS, args.validate))
-    return {"steps": weights.steps, "batch": args.batch, "seconds": time.monotonic() - started}
+    return {"steps": weights.steps, "skipped": int(weights.skipped), "batch": args.batch, "seconds": time.monotonic() - started}
 
 
 def save_lora(path: Path, factors: dict[str, Tensor], rank: int) -> None:

@@ -142,12 +142,9 @@ class MasterWeights:
         for p in self.params:
             p.grad = None
 
-    def check(self) -> int:
-        """How many steps were skipped; raises when so many were that the run is lost."""
-        skipped = int(self.skipped)
-        if skipped > MAX_SKIPPED:
-            raise FloatingPointError(f"{skipped} of {self.steps} steps had a gradient that is not finite")
-        return skipped
+    def lost(self) -> bool:
+        """Whether so many steps were skipped that going on would only cost time; what was reached is still good."""
+        return int(self.skipped) > MAX_SKIPPED
 
     def averaged(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.ema, strict=True))

@@ -128,17 +128,26 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             mean, elapsed = torch.stack(recent).mean().item(), time.monotonic() - started
             rate = (done - first) * args.batch / elapsed
             print(
-                f"editor {done:6d}/{args.steps} {elapsed:6.1f} s {rate:7.0f} pairs/s  loss {mean:.4f}  skipped {weights.check()}",
+                f"editor {done:6d}/{args.steps} {elapsed:6.1f} s {rate:7.0f} pairs/s  loss {mean:.4f}  skipped {weights.skipped}",
                 flush=True,
             )
             recent.clear()
+            if weights.lost():
+                print("stopping early: too many gradients were not finite", flush=True)
+                break
     averaged = {name: tensor.contiguous().cpu() for name, tensor in weights.averaged().items()}
     save_file(averaged, args.work / "editor.safetensors")
     torch.save(weights.state(), args.work / "state.pt")
     weights.use_averaged()
     if args.validate:
         show(validate(editor, vae, prompts, scenes, LIGHTNING_SIGMAS, args.validate))
-    return {"steps": weights.steps, "batch": args.batch, "pairs_drawn": pool.drawn, "seconds": time.monotonic() - started}
+    return {
+        "steps": weights.steps,
+        "skipped": int(weights.skipped),
+        "batch": args.batch,
+        "pairs_drawn": pool.drawn,
+        "seconds": time.monotonic() - started,
+    }
 
 
 def main() -> None:

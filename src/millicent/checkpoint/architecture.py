@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from millicent.checkpoint.header import TensorInfo
 from millicent.errors import CheckpointError
-from millicent.model.config import MMDiTConfig
 
 Part = Literal["transformer", "text_encoder", "vae", "lora", "all-in-one", "other"]
 
@@ -80,10 +79,11 @@ def strip_prefix(tensors: Mapping[str, TensorInfo], prefix: str, name: str) -> d
     return {key.removeprefix(prefix): info for key, info in tensors.items()}
 
 
-def transformer_config(tensors: Mapping[str, TensorInfo], name: str, zero_cond_t: bool) -> MMDiTConfig:
-    """The transformer's shape, read from biases and norms, which no format quantizes.
+def transformer_config(tensors: Mapping[str, TensorInfo], name: str) -> dict[str, Any]:
+    """What diffusers' config.json would say of the transformer, read from biases and norms, which no format quantizes.
 
-    tensors: by the transformer's own names. Raises CheckpointError where a block is missing or a shape is another network's.
+    zero_cond_t is left out: no shape tells it. tensors: by the transformer's own names.
+    Raises CheckpointError where a block is missing or a shape is another network's.
     """
     blocks = sorted({int(found[1]) for key in tensors if (found := _BLOCK.match(key))})
     if blocks != list(range(len(blocks))):
@@ -91,22 +91,21 @@ def transformer_config(tensors: Mapping[str, TensorInfo], name: str, zero_cond_t
         raise CheckpointError(f"{name} lacks the blocks {absent} below {blocks[-1]}.", "Fetch the whole file again.")
     dim, head_dim = _length(tensors, "img_in.bias", name), _length(tensors, "transformer_blocks.0.attn.norm_q.weight", name)
     patch_values = _length(tensors, "proj_out.bias", name)
-    config = MMDiTConfig(
-        in_channels=64,
-        out_channels=patch_values // 4,
-        num_layers=len(blocks),
-        attention_head_dim=head_dim,
-        num_attention_heads=dim // head_dim,
-        joint_attention_dim=_length(tensors, "txt_norm.weight", name),
-        axes_dims_rope=(head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16),
-        zero_cond_t=zero_cond_t,
-    )
     if dim % head_dim or patch_values != 64:
         raise CheckpointError(
             f"{name} has {dim} channels in heads of {head_dim} and {patch_values} values a patch; Qwen-Image 1.x has 64.",
             "Use a Qwen-Image-Edit, -2509 or -2511 transformer.",
         )
-    return config
+    return {
+        "patch_size": 2,
+        "in_channels": 64,
+        "out_channels": patch_values // 4,
+        "num_layers": len(blocks),
+        "attention_head_dim": head_dim,
+        "num_attention_heads": dim // head_dim,
+        "joint_attention_dim": _length(tensors, "txt_norm.weight", name),
+        "axes_dims_rope": [head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16],
+    }
 
 
 def _length(tensors: Mapping[str, TensorInfo], key: str, name: str) -> int:
@@ -117,20 +116,21 @@ def _length(tensors: Mapping[str, TensorInfo], key: str, name: str) -> int:
     return info.shape[0]
 
 
-def transformer_tensors(config: MMDiTConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the transformer with its shape: 32 a block and 13 beside them."""
-    dim, joint, head = config.dim, config.joint_attention_dim, config.attention_head_dim
-    patch_values = config.patch_size**2 * config.out_channels
+def transformer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the transformer that a config.json describes, with its shape: 32 a block and 13 beside them."""
+    head, joint = config["attention_head_dim"], config["joint_attention_dim"]
+    dim = head * config["num_attention_heads"]
+    patch_values = config["patch_size"] ** 2 * config["out_channels"]
     expected: dict[str, tuple[int, ...]] = {"txt_norm.weight": (joint,)}
     linears = {
-        "img_in": (dim, config.in_channels),
+        "img_in": (dim, config["in_channels"]),
         "txt_in": (dim, joint),
         "time_text_embed.timestep_embedder.linear_1": (dim, 256),
         "time_text_embed.timestep_embedder.linear_2": (dim, dim),
         "norm_out.linear": (2 * dim, dim),
         "proj_out": (patch_values, dim),
     }
-    for i in range(config.num_layers):
+    for i in range(config["num_layers"]):
         block = f"transformer_blocks.{i}"
         linears |= {f"{block}.attn.{projection}": (dim, dim) for projection in STREAM_PROJECTIONS}
         for stream in ("img", "txt"):

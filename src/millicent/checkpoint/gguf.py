@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from millicent.formats.gguf_blocks import BLOCK_TYPES
+from millicent.formats.gguf_types import BLOCK_TYPES
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
