@@ -1,25 +1,30 @@
 """Which network a file holds, against the networks themselves and the names that the makers write."""
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_transformer
 from diffusers import QwenImageTransformer2DModel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
+from millicent import demo
 from millicent.checkpoint.architecture import (
     PREFIXES,
     Found,
     find_part,
     strip_prefix,
+    text_encoder_tensors,
     transformer_config,
     transformer_tensors,
 )
-from millicent.checkpoint.header import TensorInfo
+from millicent.checkpoint.header import TensorInfo, read_header
 from millicent.errors import CheckpointError
 from millicent.model.config import MMDiTConfig, VAEConfig
 from millicent.model.mmdit import MMDiT
+from millicent.model.text_encoder import rename_key
 from millicent.model.vae import VAE
 
 
@@ -123,3 +128,27 @@ def test_what_is_not_whole_is_refused() -> None:
         transformer_config(infos(shapes | {"proj_out.bias": (256,)}), "x")
     with pytest.raises(CheckpointError, match="without the prefix"):
         strip_prefix(infos(shapes, "model.") | infos({"other.weight": (1,)}), "model.", "x")
+
+
+def test_the_published_text_encoder_is_listed_as_transformers_builds_it() -> None:
+    """Qwen2.5-VL-7B's shape: 28 layers of 3584, a vision tower of 32 blocks of 1280."""
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision_config={"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584},
+    )  # fmt: skip
+    with torch.device("meta"):
+        network = Qwen2_5_VLModel(config)
+    expected = text_encoder_tensors(config.to_dict())
+    assert expected == {key: tuple(tensor.shape) for key, tensor in network.named_parameters()}
+    assert sum(torch.Size(shape).numel() for shape in expected.values()) == pytest.approx(7.75e9, rel=0.01)
+
+
+def test_the_demos_text_encoder_is_listed_too() -> None:
+    folder = demo.folder() / "text_encoder"
+    expected = text_encoder_tensors(json.loads((folder / "config.json").read_text()))
+    held = read_header(folder / "model.safetensors").tensors
+    assert expected == {rename_key(key): info.shape for key, info in held.items()}

@@ -141,3 +141,42 @@ def transformer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]
     for linear, (rows, columns) in linears.items():
         expected |= {f"{linear}.weight": (rows, columns), f"{linear}.bias": (rows,)}
     return expected
+
+
+def text_encoder_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every parameter of Qwen2.5-VL without its LM head, by the names that transformers has in memory, with its shape.
+
+    config: a text_encoder/config.json, whose text part may stand at the top or under "text_config".
+    """
+    text, vision = config.get("text_config", config), config["vision_config"]
+    dim, heads, kv_heads = text["hidden_size"], text["num_attention_heads"], text["num_key_value_heads"]
+    expected = {"language_model.embed_tokens.weight": (text["vocab_size"], dim), "language_model.norm.weight": (dim,)}
+    for i in range(text["num_hidden_layers"]):
+        layer = f"language_model.layers.{i}"
+        expected |= {f"{layer}.input_layernorm.weight": (dim,), f"{layer}.post_attention_layernorm.weight": (dim,)}
+        for name, rows in (("q", dim), ("k", dim // heads * kv_heads), ("v", dim // heads * kv_heads)):
+            expected |= {f"{layer}.self_attn.{name}_proj.weight": (rows, dim), f"{layer}.self_attn.{name}_proj.bias": (rows,)}
+        expected[f"{layer}.self_attn.o_proj.weight"] = (dim, dim)
+        expected |= {f"{layer}.mlp.{name}.weight": shape for name, shape in _gated_mlp(dim, text["intermediate_size"]).items()}
+    return expected | _vision_tensors(vision)
+
+
+def _gated_mlp(dim: int, hidden: int) -> dict[str, tuple[int, int]]:
+    return {"gate_proj": (hidden, dim), "up_proj": (hidden, dim), "down_proj": (dim, hidden)}
+
+
+def _vision_tensors(vision: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    dim, out, patch = vision["hidden_size"], vision["out_hidden_size"], vision["patch_size"]
+    merged = dim * vision["spatial_merge_size"] ** 2
+    linears: dict[str, tuple[int, int]] = {"merger.mlp.0": (merged, merged), "merger.mlp.2": (out, merged)}
+    expected: dict[str, tuple[int, ...]] = {
+        "visual.patch_embed.proj.weight": (dim, vision.get("in_channels", 3), vision["temporal_patch_size"], patch, patch),
+        "visual.merger.ln_q.weight": (dim,),
+    }
+    for i in range(vision["depth"]):
+        expected |= {f"visual.blocks.{i}.norm{n}.weight": (dim,) for n in (1, 2)}
+        linears |= {f"blocks.{i}.attn.qkv": (3 * dim, dim), f"blocks.{i}.attn.proj": (dim, dim)}
+        linears |= {f"blocks.{i}.mlp.{name}": shape for name, shape in _gated_mlp(dim, vision["intermediate_size"]).items()}
+    for linear, shape in linears.items():
+        expected |= {f"visual.{linear}.weight": shape, f"visual.{linear}.bias": shape[:1]}
+    return expected
