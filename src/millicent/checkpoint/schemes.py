@@ -105,7 +105,7 @@ SCHEMES = (
     Scheme("fp8 per tensor", "fp8", {"weight": _MATRIX_FP8, "weight_scale": _VALUE}, _STATIC_INPUT),
     Scheme("fp8 per row", "fp8", {"weight": _MATRIX_FP8, "weight_scale": _ROW}, _STATIC_INPUT),
     Scheme("fp8 blocks", "fp8", {"weight": _MATRIX_FP8, "weight_scale": _BLOCKS}, _STATIC_INPUT),
-    Scheme("fine-grained fp8", "fp8", {"weight": _MATRIX_FP8, "weight_scale_inv": Wanted(FLOATS, ("a grid",))}),
+    Scheme("fine-grained fp8", "fp8", {"weight": _MATRIX_FP8, "weight_scale_inv": Wanted(FLOATS, ("a grid", "one value"))}),
     Scheme("int8 per tensor", "int8", {"weight": _MATRIX_INT8, "weight_scale": _VALUE}, _STATIC_INPUT),
     Scheme("int8 per row", "int8", {"weight": _MATRIX_INT8, "weight_scale": _ROW}, _STATIC_INPUT),
     Scheme("int8 blocks", "int8", {"weight": _MATRIX_INT8, "weight_scale": _BLOCKS}, _COMFY_NOTE),
@@ -153,7 +153,10 @@ SCHEMES = (
         {"input_global_scale": _VALUE},
     ),
     Scheme(
-        "torchao", "fp8 or int8", {"_weight_qdata": Wanted((*FP8, "I8"), ("(N, K)",)), "_weight_scale": Wanted(FLOATS, ("any",))}
+        "torchao",
+        "fp8 or int8",
+        {"_weight_qdata": Wanted((*FP8, "I8"), ("(N, K)",)), "_weight_scale": Wanted(FLOATS, ("one per row", "one value"))},
+        {"_weight_zero_point": Wanted(("I8",), ("one per row", "one value"))},
     ),
     Scheme(
         "bitsandbytes 4-bit",
