@@ -147,7 +147,5 @@ def _check_pairing(matrices: Mapping[str, StoredMatrix], name: str) -> None:
     raw = [layer for layer, matrix in matrices.items() if matrix.scheme.name == "raw fp8"]
     scaled = [layer for layer, matrix in matrices.items() if matrix.scheme.name not in ("raw fp8", "plain")]
     if raw and scaled:
-        raise CheckpointError(
-            f"In {name} {len(scaled)} matrices have scales and {len(raw)} FP8 ones have none, such as {raw[0]}: their scales are lost.",
-            _FIX,
-        )
+        found = f"{len(scaled)} matrices have scales and {len(raw)} FP8 ones have none, such as {raw[0]}"
+        raise CheckpointError(f"In {name} {found}: their scales are lost.", _FIX)
