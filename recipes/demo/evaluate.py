@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def evaluate(model: str, without_lora: str, scenes_wanted: int, device: str) -> 
                 measured = measure(pixels[None], target[i][None], mask[i][None])
                 rows[name].append({k: v.item() for k, v in measured.items()})
             ops.append(int(edit.op[i]))
+        print(f"{len(ops)} of {scenes_wanted} scenes", file=sys.stderr, flush=True)
     figures: dict[str, dict[str, float]] = {}
     for name, measured_rows in rows.items():
         figures |= average(measured_rows, ops, name)
