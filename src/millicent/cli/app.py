@@ -41,3 +41,5 @@ def main() -> None:
     except MillicentError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # typer sees those that come while a command runs, but not those while it cleans up
+        sys.exit(130)

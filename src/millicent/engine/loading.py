@@ -10,7 +10,7 @@ from torch import nn
 
 from millicent.checkpoint.fingerprint import weights_sha256
 from millicent.checkpoint.folder import find_weight_files, open_folder, read_json
-from millicent.checkpoint.lora import fuse_lora
+from millicent.checkpoint.lora import fuse_loras
 from millicent.checkpoint.weights import load_weights, read_weights
 from millicent.engine.sampler import BaseSchedule
 from millicent.errors import CheckpointError, IncompleteModelError, InputError, MachineError
@@ -56,7 +56,7 @@ def load_model(path: Path, card: ModelCard, device: torch.device, dtype: torch.d
     lora = None if card.lora is None else _find_lora(path, card.lora)
     mmdit = _load_mmdit(path / "transformer", files["transformer"], dtype)
     if lora is not None:
-        fuse_lora(mmdit, lora)
+        fuse_loras(mmdit, [(lora, 1.0)])
     return Model(
         card=card,
         mmdit=mmdit.to(device),
