@@ -30,3 +30,12 @@ def test_content_and_name_both_count(tmp_path: Path) -> None:
         weights_sha256(tmp_path, write(tmp_path, {"b": b"one"})),
     }
     assert len(hashes) == 3
+
+
+def test_loras_count_with_their_strength_and_not_with_their_place(tmp_path: Path) -> None:
+    (model,) = write(tmp_path / "model", {"a": b"one"})
+    here, there = write(tmp_path, {"here/x": b"lora", "there/y": b"lora"})
+    plain = weights_sha256(model.parent, [model])
+    strong = weights_sha256(model.parent, [model], [(here, 1.0)])
+    assert strong == weights_sha256(model.parent, [model], [(there, 1.0)])
+    assert len({plain, strong, weights_sha256(model.parent, [model], [(here, 0.5)])}) == 3

@@ -21,6 +21,7 @@ import pytest
 from conftest import draw_picture
 from PIL import Image
 
+from millicent import demo
 from millicent.cli.app import main
 from millicent.images import before_after, open_image, read_metadata, save_image
 
@@ -296,3 +297,20 @@ def test_a_real_process_refuses_without_a_traceback(tmp_path: Path) -> None:
     )
     assert (ran.returncode, ran.stdout) == (18, "")
     assert ran.stderr == "error: There is no file nowhere.png. Check the path.\n"
+
+
+def test_a_lora_with_its_strength(run: Run, picture: Path, tmp_path: Path) -> None:
+    lora, out = demo.folder() / "lightning-4steps.safetensors", tmp_path / "out.png"
+    ran = run("edit", picture, PROMPT, "-o", out, "--model", "demo-base", "--lora", f"{lora}:0.5", "--json")
+    (record,) = ran.json["outputs"]
+    assert (record["steps"], record["schedule"], record["loras"]) == (4, "lightning", [f"{lora}:0.5"])
+    assert read_metadata(out) == {key: value for key, value in record.items() if key != "path"}
+
+
+def test_a_lora_that_is_not_there_or_has_no_sensible_strength(run: Run, picture: Path, tmp_path: Path) -> None:
+    ran = run("edit", picture, PROMPT, "-o", tmp_path / "out.png", "--lora", "nowhere.safetensors")
+    assert (ran.code, ran.err) == (18, "error: There is no LoRA nowhere.safetensors. Check the path.\n")
+    lora = demo.folder() / "lightning-4steps.safetensors"
+    ran = run("edit", picture, PROMPT, "-o", tmp_path / "out.png", "--model", "demo-base", "--lora", f"{lora}:nan")
+    assert ran.code == 10
+    assert "strength" in ran.err

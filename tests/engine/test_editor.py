@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import millicent.engine.editor as editor_module
+from millicent import demo
 from millicent.edits import EditRequest, Progress
 from millicent.engine.editor import Editor, find_model
 from millicent.engine.pipeline import drawn_size, pack, size_for_area, unpack
@@ -22,6 +23,7 @@ from millicent.errors import (
     CheckpointError,
     IncompleteModelError,
     InputError,
+    InputNotFoundError,
     MachineError,
     ModelNotFoundError,
     PromptTooLongError,
@@ -328,3 +330,36 @@ def test_without_the_engine_extra_the_error_says_what_to_install(tiny_folder: Pa
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert f"{package} is not installed" in done.stdout
     assert 'pip install "millicent[engine]"' in done.stdout
+
+
+LIGHTNING = demo.folder() / "lightning-4steps.safetensors"
+
+
+def test_a_lightning_lora_on_the_base_is_the_demo() -> None:
+    """The same weights by the other door: the schedule comes along, and so does the picture."""
+    base, whole = Editor.open("demo-base", loras=[(LIGHTNING, 1.0)], device="cpu"), Editor.open("demo", device="cpu")
+    assert (base.card.steps, base.card.schedule, base.card.true_cfg) == (4, "lightning", 1.0)
+    request = EditRequest(images=(LANDSCAPE,), prompt="make it navy", seed=5)
+    assert np.array_equal(pixels(base.edit(request).image), pixels(whole.edit(request).image))
+
+
+def test_the_strength_of_a_lora_counts_in_the_picture_and_in_the_hash() -> None:
+    request = EditRequest(images=(LANDSCAPE,), prompt="make it navy", seed=5, steps=2, schedule="lightning")
+    plain = Editor.open("demo-base", device="cpu")
+    none, half, whole = (Editor.open("demo-base", loras=[(str(LIGHTNING), s)], device="cpu") for s in (0.0, 0.5, 1.0))
+    assert len({e.weights_sha256 for e in (plain, none, half, whole)}) == 4
+    drawn = [pixels(editor.edit(request).image) for editor in (plain, none, half, whole)]
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[1], drawn[2])
+    assert not np.array_equal(drawn[2], drawn[3])
+
+
+def test_two_lightning_loras_are_refused(tmp_path: Path) -> None:
+    again = shutil.copy(LIGHTNING, tmp_path / "again.safetensors")
+    with pytest.raises(CheckpointError, match=r"lightning-4steps\.safetensors and again\.safetensors are both Lightning LoRAs"):
+        Editor.open("demo", loras=[(again, 1.0)], device="cpu")
+
+
+def test_a_lora_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputNotFoundError, match=r"There is no LoRA .*nowhere\.safetensors"):
+        Editor.open("demo", loras=[(tmp_path / "nowhere.safetensors", 1.0)], device="cpu")

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
-def weights_sha256(root: Path, files: Iterable[Path]) -> str:
+def weights_sha256(root: Path, files: Iterable[Path], loras: Sequence[tuple[Path, float]] = ()) -> str:
     """SHA-256 over the sorted lines "name sha256-of-the-content", names relative to `root` with forward slashes.
 
-    The same as `sha256sum FILES | awk '{print $2" "$1}' | LC_ALL=C sort | sha256sum` says in `root`.
+    loras: files from anywhere, each with its strength; their lines begin with "lora:" and the strength, whatever they are called.
+    Without them the same as `sha256sum FILES | awk '{print $2" "$1}' | LC_ALL=C sort | sha256sum` says in `root`.
     """
     paths = sorted(set(files))
     # hashlib lets other threads run while it hashes
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_sha256, paths))
-    lines = [f"{path.relative_to(root).as_posix()} {digest}\n" for path, digest in zip(paths, digests, strict=True)]
+    lines = [f"lora:{strength!r} {file_sha256(path)}\n" for path, strength in loras]
+    lines += [f"{path.relative_to(root).as_posix()} {digest}\n" for path, digest in zip(paths, digests, strict=True)]
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -44,6 +44,10 @@ def edit(
         list[Path] | None, typer.Option("--image", metavar="<file>", help="One more reference picture. Repeatable.")
     ] = None,
     model: Annotated[str, typer.Option(help="demo, demo-base, or a diffusers-layout folder.")] = "demo",
+    loras: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="<file[:strength]>", help="A LoRA to add, as in style.safetensors:0.8. Repeatable."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.")] = None,
     schedule: Annotated[Schedule | None, typer.Option(help="How noise falls. Default: the model's.")] = None,
     sigmas: Annotated[str | None, typer.Option(help="Noise levels in place of a schedule, as in 1,0.9,0.75,0.5.")] = None,
@@ -72,6 +76,7 @@ def edit(
         raise OutputError("A JPEG cannot hold the transparency that --alpha keep asks for.", "Write PNG or WebP.")
     sources = [read_source(name) for name in (image, *(more or ()))]
     height, width = parse_size(size)
+    chosen_loras = [parse_lora(lora) for lora in loras or ()]
     request = EditRequest(
         images=tuple(flatten(source.image) for source in sources),
         prompt=prompt,
@@ -87,9 +92,9 @@ def edit(
         variants=variants,
     )
     with progress_bar(shown=not quiet and sys.stderr.isatty()) as on_progress:
-        result = Editor.open(model, device=device).edit(request, on_progress)
+        result = Editor.open(model, loras=chosen_loras, device=device).edit(request, on_progress)
     pictures = [with_alpha(drawn, sources[-1].image, request) for drawn in result.images] if alpha == "keep" else result.images
-    records = [describe(request, result, variant, sources) for variant in range(variants)]
+    records = [{**describe(request, result, variant, sources), "loras": loras or []} for variant in range(variants)]
     if out == STDIO:
         sys.stdout.buffer.write(encode_image(pictures[0], "PNG", records[0]))
         return
@@ -134,6 +139,15 @@ def parse_sigmas(sigmas: str | None) -> tuple[float, ...] | None:
         return tuple(float(sigma) for sigma in sigmas.split(","))
     except ValueError as error:
         raise ScheduleError(f"The sigmas are {sigmas!r}.", "Write numbers with commas, as in 1,0.9,0.75,0.5.") from error
+
+
+def parse_lora(lora: str) -> tuple[Path, float]:
+    """ "style.safetensors:0.8" -> its path and its strength, which is 1 where none is given."""
+    name, colon, strength = lora.rpartition(":")
+    try:
+        return (Path(name), float(strength)) if colon else (Path(lora), 1.0)
+    except ValueError:
+        return Path(lora), 1.0  # the colon belongs to the path
 
 
 def with_alpha(drawn: Image.Image, source: Image.Image, request: EditRequest) -> Image.Image:

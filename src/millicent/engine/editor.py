@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -38,13 +38,17 @@ class Editor:
         self._model = model
 
     @classmethod
-    def open(cls, model: str | Path, *, device: str = "auto", dtype: str = "auto") -> Self:
+    def open(
+        cls, model: str | Path, *, loras: Sequence[tuple[str | Path, float]] = (), device: str = "auto", dtype: str = "auto"
+    ) -> Self:
         """Load a model whole.
 
         model: "demo", "demo-base" (the demo without its 4-step LoRA) or a diffusers-layout folder.
+        loras: LoRA files, each with its strength, 1.0 being the whole of it. A Lightning LoRA brings its schedule along.
         device: "auto" (the GPU where there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (BF16 on a GPU, FP32 on a CPU), "bf16" or "fp32".
-        Raises ModelNotFoundError, IncompleteModelError, WeightsMismatchError, CheckpointError, MissingExtraError.
+        Raises ModelNotFoundError, IncompleteModelError, WeightsMismatchError, CheckpointError, MissingExtraError,
+        InputNotFoundError for a LoRA that is not there.
         """
         name, folder, card = find_model(model)
         try:
@@ -57,7 +61,8 @@ class Editor:
                 'Run: pip install "millicent[engine]"',
             ) from error
         place = loading.choose_device(device)
-        return cls(name, loading.load_model(folder, card, place, loading.choose_dtype(dtype, place)))
+        files = [(Path(lora), strength) for lora, strength in loras]
+        return cls(name, loading.load_model(folder, card, place, loading.choose_dtype(dtype, place), files))
 
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> EditResult:
         """Draw every variant of a request. Raises InputError and its kinds for what this model cannot draw."""

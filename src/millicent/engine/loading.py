@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +12,10 @@ from torch import nn
 
 from millicent.checkpoint.fingerprint import weights_sha256
 from millicent.checkpoint.folder import find_weight_files, open_folder, read_json
-from millicent.checkpoint.lora import fuse_loras
+from millicent.checkpoint.lora import fuse_loras, lightning_steps
 from millicent.checkpoint.weights import load_weights, read_weights
 from millicent.engine.sampler import BaseSchedule
-from millicent.errors import CheckpointError, IncompleteModelError, InputError, MachineError
+from millicent.errors import CheckpointError, IncompleteModelError, InputError, InputNotFoundError, MachineError
 from millicent.facts.models import ModelCard
 from millicent.model import text_encoder, vae
 from millicent.model.config import MMDiTConfig, VAEConfig
@@ -44,8 +46,14 @@ class Model:
         return self.vae.config.scale_factor * self.mmdit.config.patch_size
 
 
-def load_model(path: Path, card: ModelCard, device: torch.device, dtype: torch.dtype) -> Model:
-    """Load every part of a diffusers-layout folder, fuse the card's LoRA. Raises CheckpointError and its kinds."""
+def load_model(
+    path: Path, card: ModelCard, device: torch.device, dtype: torch.dtype, loras: Sequence[tuple[Path, float]] = ()
+) -> Model:
+    """Load every part of a diffusers-layout folder; fuse the card's LoRA and `loras`, each with its strength.
+
+    A Lightning LoRA among `loras` changes the card: it brings its steps and its schedule, and guidance is off.
+    Raises CheckpointError and its kinds, InputNotFoundError for a LoRA that is not there.
+    """
     folder = open_folder(path)
     if folder.pipeline != card.pipeline:
         raise CheckpointError(
@@ -53,10 +61,11 @@ def load_model(path: Path, card: ModelCard, device: torch.device, dtype: torch.d
             "Correct the card.",
         )
     files = {part: find_weight_files(path / part) for part in ("transformer", "vae", "text_encoder")}
-    lora = None if card.lora is None else _find_lora(path, card.lora)
+    own = [] if card.lora is None else [_find_lora(path, card.lora)]
+    card = _with_lightning(card, own, loras)
     mmdit = _load_mmdit(path / "transformer", files["transformer"], dtype)
-    if lora is not None:
-        fuse_loras(mmdit, [(lora, 1.0)])
+    if own or loras:
+        fuse_loras(mmdit, [*((lora, 1.0) for lora in own), *loras])
     return Model(
         card=card,
         mmdit=mmdit.to(device),
@@ -65,8 +74,26 @@ def load_model(path: Path, card: ModelCard, device: torch.device, dtype: torch.d
         schedule=BaseSchedule.from_dict(read_json(path / "scheduler" / "scheduler_config.json")),
         device=device,
         dtype=dtype,
-        weights_sha256=weights_sha256(path, [*(f for part in files.values() for f in part), *([lora] if lora else [])]),
+        weights_sha256=weights_sha256(path, [*(f for part in files.values() for f in part), *own], loras),
     )
+
+
+def _with_lightning(card: ModelCard, own: Sequence[Path], loras: Sequence[tuple[Path, float]]) -> ModelCard:
+    """The card, as a Lightning LoRA among `loras` wants the model to be used."""
+    for lora, _ in loras:
+        if not lora.is_file():
+            raise InputNotFoundError(f"There is no LoRA {lora}.", "Check the path.")
+    brought = [(lora, steps) for lora, _ in loras if (steps := lightning_steps(lora))]
+    distilled = [*(lora for lora in own if lightning_steps(lora)), *(lora for lora, _ in brought)]
+    if len(distilled) > 1:
+        names = " and ".join(lora.name for lora in distilled)
+        raise CheckpointError(
+            f"{names} are both Lightning LoRAs; one alone makes a model draw in few steps, two ruin it.",
+            "Leave one out; the demo without its own is demo-base.",
+        )
+    if not brought:
+        return card
+    return dataclasses.replace(card, steps=brought[0][1], schedule="lightning", true_cfg=1.0)
 
 
 def _find_lora(path: Path, name: str) -> Path:
