@@ -18,6 +18,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 MUON_MOMENTUM = 0.95
 MAX_GRAD_NORM = 1.0
 MAX_SKIPPED = 50
+MAX_SKIPPED_SHARE = 0.02
 
 
 def cosine(step: int, progress: float, warmup: int, floor: float = 0.02) -> float:
@@ -144,7 +145,7 @@ class MasterWeights:
 
     def lost(self) -> bool:
         """Whether so many steps were skipped that going on would only cost time; what was reached is still good."""
-        return int(self.skipped) > MAX_SKIPPED
+        return int(self.skipped) > max(MAX_SKIPPED, MAX_SKIPPED_SHARE * self.steps)
 
     def averaged(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.ema, strict=True))

@@ -52,15 +52,21 @@ class Pool:
         self.small = torch.zeros(size, 3, 112, 112, device=device, dtype=torch.uint8)
         self.edited = torch.zeros(size, 256, device=device, dtype=torch.bool)
         self.edit = torch.zeros(size, 4, device=device, dtype=torch.int64)
-        self.next, self.drawn = 0, 0
+        self.next, self.drawn, self.dropped = 0, 0, 0
         self.filled = torch.zeros((), device=device)  # on the device, so that a captured step sees it grow
 
     @torch.no_grad()
     def refill(self, pairs: int, generator: torch.Generator) -> None:
-        """Draw and encode `pairs` new pairs in place of the oldest; `pairs` must divide the pool's size."""
+        """Draw and encode `pairs` new pairs in place of the oldest; `pairs` must divide the pool's size.
+
+        A batch with a latent that is not finite is dropped and counted: it would stay for many steps.
+        """
         source, target, mask, edit = self.scenes.pairs(pairs, generator)
         pixels = torch.cat([source, target]) * 2 - 1
         latents = pack(self.vae.encode(pixels.to(self.dtype, memory_format=torch.channels_last)))
+        if not bool(latents.isfinite().all()):
+            self.dropped += pairs
+            return
         at = slice(self.next, self.next + pairs)
         self.reference[at], self.target[at] = latents.chunk(2)
         self.small[at] = shrink(source)

@@ -146,6 +146,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         "skipped": int(weights.skipped),
         "batch": args.batch,
         "pairs_drawn": pool.drawn,
+        "pairs_dropped": pool.dropped,
         "seconds": time.monotonic() - started,
     }
 

@@ -21,6 +21,7 @@ from recipes.demo.metrics import ciede2000, measure, ssim
 from recipes.demo.networks import build_transformer, build_vae
 from recipes.demo.optimize import MAX_SKIPPED, MasterWeights, cosine, orthogonalize
 from recipes.demo.prompts import PromptTable
+from recipes.demo.scenes import Scenes
 from recipes.demo.validate import LIGHTNING_SIGMAS, rollout
 
 DEMO = Path(__file__).parents[2] / "src" / "millicent" / "demo"
@@ -115,6 +116,21 @@ def test_a_fresh_vae_shows_what_it_is_given_and_a_fresh_transformer_says_nothing
     assert 0.1 < mean.std() < 10
     assert (log_variance < -3).all()
     assert (velocity == 0).all()
+
+
+def test_pairs_that_are_not_finite_never_enter_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vae, scenes, generator = build_vae(), Scenes(torch.device("cpu")), torch.Generator().manual_seed(0)
+    filled = pool.Pool(4, scenes, vae, 2.0)
+    filled.refill(2, generator)
+    held = filled.reference.clone()
+    with monkeypatch.context() as patched:
+        patched.setattr(type(vae), "encode", lambda self, x: torch.full((len(x), 16, 32, 32), torch.nan))
+        filled.refill(2, generator)
+    assert torch.equal(filled.reference, held)
+    assert (filled.drawn, filled.dropped, int(filled.filled)) == (2, 2, 2)
+    filled.refill(2, generator)
+    assert (filled.drawn, filled.dropped, int(filled.filled)) == (4, 2, 4)
 
 
 def test_packing_is_the_engines() -> None:
