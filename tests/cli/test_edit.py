@@ -224,9 +224,26 @@ def test_bad_input_is_one_line_and_its_own_exit_code(
     assert {path.name for path in tmp_path.iterdir()} <= {"in.jpg", "out.png"}
 
 
-def test_every_bad_input_but_size_and_schedule_has_a_code_of_its_own() -> None:
-    codes = [code for _, _, code, _ in BAD_INPUT.values()]
-    assert {10, 11, 12, 13, 14, 15, 16, 17, 18, 31} <= set(codes)
+def test_each_kind_of_bad_input_has_a_code_of_its_own() -> None:
+    """The codes that the table above holds the command to; a folder that is not whole has 32, an output 20."""
+    kinds = ("not an image", "truncated", "bomb", "empty prompt", "prompt too long", "size 0", "nan sigmas", "missing input")
+    codes = [BAD_INPUT[kind][2] for kind in (*kinds, "no such model")]
+    assert len({*codes, 32, 20}) == len(codes) + 2
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_an_input_is_never_replaced(run: Run, picture: Path, tmp_path: Path, link: bool) -> None:
+    before, out = picture.read_bytes(), picture
+    if link:
+        out = tmp_path / "link.png"
+        out.symlink_to(picture)
+    ran = run("edit", picture, PROMPT, "-o", out, "--model", "never looked at")
+    assert (ran.code, "is one of the inputs" in ran.err) == (20, True)
+    strip = tmp_path / "x-strip.png"
+    strip.write_bytes(before)
+    ran = run("edit", picture, PROMPT, "--image", strip, "-o", tmp_path / "x.png", "--strip", "--model", "never looked at")
+    assert (ran.code, "x-strip.png is one of the inputs" in ran.err) == (20, True)
+    assert picture.read_bytes() == strip.read_bytes() == before
 
 
 def test_half_a_model_folder(run: Run, picture: Path, own_folder: Path, tmp_path: Path) -> None:

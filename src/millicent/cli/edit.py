@@ -70,8 +70,10 @@ def edit(
         raise typer.BadParameter("one picture goes to standard output: leave out --json, --strip and -n.", param_hint="-o -")
     paths = [] if out == STDIO else output_paths(Path(out), variants)
     strips = [path.with_stem(f"{path.stem}-strip") for path in paths] if strip else []
+    inputs = [Path(name) for name in (image, *(more or ())) if name != STDIO]
     for path in (*paths, *strips):
         check_writable(path)
+        check_apart(path, inputs)
     if alpha == "keep" and any(path.suffix.lower() in (".jpg", ".jpeg") for path in paths):
         raise OutputError("A JPEG cannot hold the transparency that --alpha keep asks for.", "Write PNG or WebP.")
     sources = [read_source(name) for name in (image, *(more or ()))]
@@ -113,6 +115,12 @@ def output_paths(out: Path, variants: int) -> list[Path]:
     if variants == 1:
         return [out]
     return [out.with_stem(f"{out.stem}-{number}") for number in range(1, variants + 1)]
+
+
+def check_apart(path: Path, inputs: list[Path]) -> None:
+    """Raises OutputError for an output that would replace one of the inputs, also through a link."""
+    if path.exists() and any(source.exists() and path.samefile(source) for source in inputs):
+        raise OutputError(f"{path} is one of the inputs, and writing would replace it.", "Choose another name.")
 
 
 def read_source(name: str) -> Source:
