@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -17,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from millicent.model.vae import VAE
-from recipes.demo.optimize import MasterWeights, captured, cosine
+from recipes.demo.loop import Length, run
+from recipes.demo.optimize import MasterWeights
 from recipes.demo.pool import Batch, Pool, unpack
 from recipes.demo.prompts import PromptTable
 from recipes.demo.scenes import Scenes
@@ -109,29 +109,15 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         weights.step()
         return loss.detach()
 
-    weights.prepare(cosine(0, 0.0, warmup=50))
-    step = captured(step, weights, generator)
-    started, recent = time.monotonic(), []
-    while (progress := max(weights.steps / args.steps, (time.monotonic() - started) / (args.minutes * 60))) < 1:
-        weights.prepare(cosine(weights.steps, progress, warmup=50))
-        recent.append(step())
-        if weights.steps % args.refill_every == 0:
-            pool.refill(args.refill_pairs, drawing)
-        if weights.steps % 100 == 0:
-            elapsed, mean = time.monotonic() - started, torch.stack(recent).mean().item()
-            print(
-                f"lora {weights.steps:5d}/{args.steps} {elapsed:6.1f} s  loss {mean:.4f}  skipped {weights.skipped}",
-                flush=True,
-            )
-            recent.clear()
-            if weights.lost():
-                print("stopping early: too many gradients were not finite", flush=True)
-                break
+    length = Length(args.steps, args.minutes, warmup=50)
+    record = run(
+        "lora", step, weights, generator, length, lambda: pool.refill(args.refill_pairs, drawing), args.refill_every, log_every=100
+    )
     save_lora(args.work / "lora.safetensors", weights.averaged(), args.rank)
     weights.use_averaged()
     if args.validate:
         show(validate(editor, vae, prompts, pool.scenes, LIGHTNING_SIGMAS, args.validate))
-    return {"steps": weights.steps, "skipped": int(weights.skipped), "batch": args.batch, "seconds": time.monotonic() - started}
+    return {**record, "batch": args.batch, "pairs_drawn": pool.drawn, "pairs_dropped": pool.dropped}
 
 
 def save_lora(path: Path, factors: dict[str, Tensor], rank: int) -> None:
@@ -146,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/demo"))
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--minutes", type=float, default=60.0, help="stop early, after this long")
+    parser.add_argument("--minutes", type=float, default=60.0, help="end the schedule early, after this long")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)

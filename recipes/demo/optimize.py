@@ -17,8 +17,8 @@ from torch import Tensor, nn
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 MUON_MOMENTUM = 0.95
 MAX_GRAD_NORM = 1.0
-MAX_SKIPPED = 50
-MAX_SKIPPED_SHARE = 0.02
+MAX_SKIPPED_SHARE = 0.1
+MAX_REWOUND = 5
 
 
 def cosine(step: int, progress: float, warmup: int, floor: float = 0.02) -> float:
@@ -104,6 +104,7 @@ class MasterWeights:
         # what changes from step to step lives on the device, so that a captured step can be replayed
         self.rate, self.ema_step, rate = (torch.zeros((), device=device) for _ in range(3))
         self.skipped = torch.zeros((), device=device, dtype=torch.int64)  # steps whose gradient was not finite
+        self.rewound, self.kept_skipped = 0, 0
         self.adam = torch.optim.AdamW(
             self.adam_params, lr=rate, betas=betas, weight_decay=0.0, fused=on_gpu, foreach=False, capturable=on_gpu
         )
@@ -143,9 +144,34 @@ class MasterWeights:
         for p in self.params:
             p.grad = None
 
-    def lost(self) -> bool:
-        """Whether so many steps were skipped that going on would only cost time; what was reached is still good."""
-        return int(self.skipped) > max(MAX_SKIPPED, MAX_SKIPPED_SHARE * self.steps)
+    def _stepped(self) -> list[Tensor]:
+        """Everything that a step changes."""
+        adam = [t for state in self.adam.state.values() for t in state.values()]
+        return [*self.masters, *self.ema, *self.momenta, *adam]
+
+    def keep(self) -> None:
+        """Remember this point, to come back to."""
+        self.kept = [t.clone() for t in self._stepped()]
+        self.kept_skipped = int(self.skipped)
+
+    @torch.no_grad()
+    def keep_or_rewind(self, steps: int) -> bool:
+        """Keep this point when few of the last `steps` were skipped, else go back to the last good one; False: gone back too often.
+
+        In place, so that a captured step sees it. The next pairs and noise differ, so the way forward does too.
+        """
+        skipped = int(self.skipped)
+        if skipped - self.kept_skipped <= MAX_SKIPPED_SHARE * steps:
+            self.keep()
+            return True
+        stepped = self._stepped()
+        torch._foreach_copy_(stepped[: len(self.kept)], self.kept)
+        for t in stepped[len(self.kept) :]:  # AdamW's state, from before its first step
+            t.zero_()
+        torch._foreach_copy_(self.params, self.masters)
+        self.kept_skipped = skipped
+        self.rewound += 1
+        return self.rewound <= MAX_REWOUND
 
     def averaged(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.ema, strict=True))

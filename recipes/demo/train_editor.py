@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import time
+import math
 from pathlib import Path
 
 import torch
@@ -21,8 +21,9 @@ from transformers import Qwen2_5_VLModel
 from millicent.model.mmdit import MMDiT
 from millicent.model.vae import VAE
 from recipes.demo.encoder import encode_prompts
+from recipes.demo.loop import Length, run
 from recipes.demo.networks import VAE_SHAPE, build_encoder, build_transformer
-from recipes.demo.optimize import MasterWeights, captured, cosine
+from recipes.demo.optimize import MasterWeights
 from recipes.demo.pool import Batch, Pool
 from recipes.demo.prompts import PromptTable
 from recipes.demo.scenes import Scenes
@@ -90,7 +91,6 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)
     scenes = Scenes(device)
     prompts = PromptTable(args.work, device)
     vae = load_vae(args.work, device, dtype)
@@ -100,11 +100,12 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     )
     if args.resume:
         weights.resume(torch.load(args.work / "state.pt", map_location=device))
+    generator = torch.Generator(device).manual_seed(args.seed + weights.steps)  # a resumed run sees new pairs
     if device.type == "cuda":
         vae.encoder.compile(dynamic=False)
         for block in editor.transformer.transformer_blocks:
             block.compile(dynamic=False)
-    drawing = torch.Generator(device).manual_seed(args.seed + 1000)
+    drawing = torch.Generator(device).manual_seed(args.seed + 1000 + weights.steps)
     pool = Pool(args.pool, scenes, vae, args.edit_weight)
     for _ in range(args.prefill // args.refill_pairs):
         pool.refill(args.refill_pairs, drawing)
@@ -115,47 +116,25 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         weights.step()
         return loss.detach()
 
-    weights.prepare(cosine(0, 0.0, warmup=300))
-    step = captured(step, weights, generator)
-    started, recent, first = time.monotonic(), [], weights.steps
-    while (progress := max(weights.steps / args.steps, (time.monotonic() - started) / (args.minutes * 60))) < 1:
-        weights.prepare(cosine(weights.steps, progress, warmup=300))
-        recent.append(step())
-        done = weights.steps
-        if done % args.refill_every == 0:
-            pool.refill(args.refill_pairs, drawing)
-        if done % 200 == 0:
-            mean, elapsed = torch.stack(recent).mean().item(), time.monotonic() - started
-            rate = (done - first) * args.batch / elapsed
-            print(
-                f"editor {done:6d}/{args.steps} {elapsed:6.1f} s {rate:7.0f} pairs/s  loss {mean:.4f}  skipped {weights.skipped}",
-                flush=True,
-            )
-            recent.clear()
-            if weights.lost():
-                print("stopping early: too many gradients were not finite", flush=True)
-                break
+    length = Length(args.steps, args.minutes, args.stop_after)
+    record = run(
+        "editor", step, weights, generator, length, lambda: pool.refill(args.refill_pairs, drawing), args.refill_every, log_every=200
+    )
     averaged = {name: tensor.contiguous().cpu() for name, tensor in weights.averaged().items()}
     save_file(averaged, args.work / "editor.safetensors")
     torch.save(weights.state(), args.work / "state.pt")
     weights.use_averaged()
     if args.validate:
         show(validate(editor, vae, prompts, scenes, LIGHTNING_SIGMAS, args.validate))
-    return {
-        "steps": weights.steps,
-        "skipped": int(weights.skipped),
-        "batch": args.batch,
-        "pairs_drawn": pool.drawn,
-        "pairs_dropped": pool.dropped,
-        "seconds": time.monotonic() - started,
-    }
+    return {**record, "batch": args.batch, "pairs_drawn": pool.drawn, "pairs_dropped": pool.dropped}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/demo"))
     parser.add_argument("--steps", type=int, default=16000)
-    parser.add_argument("--minutes", type=float, default=60.0, help="stop early, after this long")
+    parser.add_argument("--minutes", type=float, default=60.0, help="end the schedule early, after this long")
+    parser.add_argument("--stop-after", type=float, default=math.inf, help="minutes; stop within the schedule, for --resume")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="AdamW's")
