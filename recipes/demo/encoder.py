@@ -12,12 +12,15 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen2_5_VLModel
 
 PATCH_PX = 14
 GRID = 8  # patches a side of a 112x112 picture
 MERGED = GRID // 2
 PICTURE_TOKENS = MERGED * MERGED
+# cuDNN's gradient (9.x, torch 2.11, H200) turns to NaN as the vision tower's logits grow, where the others stay right
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -87,6 +90,7 @@ def mrope_positions(tokens: int, picture_at: int, device: torch.device) -> Tenso
     return torch.cat([before, picture, after], 1)[:, None].to(device)
 
 
+@sdpa_kernel(ATTENTION)
 def encode_prompts(model: Qwen2_5_VLModel, ids: Tensor, small: Tensor, prefix_tokens: int, picture_at: int) -> Tensor:
     """ids (B, tokens), padded on the right, and pictures (B, 3, 112, 112) -> hidden states after the system prefix.
 

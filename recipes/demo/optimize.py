@@ -19,6 +19,7 @@ MUON_MOMENTUM = 0.95
 MAX_GRAD_NORM = 1.0
 MAX_SKIPPED_SHARE = 0.1
 MAX_REWOUND = 5
+SLOWER_AFTER_REWIND = 0.7
 
 
 def cosine(step: int, progress: float, warmup: int, floor: float = 0.02) -> float:
@@ -105,6 +106,7 @@ class MasterWeights:
         self.rate, self.ema_step, rate = (torch.zeros((), device=device) for _ in range(3))
         self.skipped = torch.zeros((), device=device, dtype=torch.int64)  # steps whose gradient was not finite
         self.rewound, self.kept_skipped = 0, 0
+        self.kept: list[list[Tensor]] = []
         self.adam = torch.optim.AdamW(
             self.adam_params, lr=rate, betas=betas, weight_decay=0.0, fused=on_gpu, foreach=False, capturable=on_gpu
         )
@@ -112,7 +114,7 @@ class MasterWeights:
     def prepare(self, lr_factor: float) -> None:
         """Set the next step's learning rates and the weight of its result in the running average."""
         self.steps += 1
-        self.rate.fill_(lr_factor)
+        self.rate.fill_(lr_factor * SLOWER_AFTER_REWIND**self.rewound)
         self.ema_step.fill_(1 - min(self.ema_decay, (1 + self.steps) / (20 + self.steps)))
 
     @torch.no_grad()
@@ -128,14 +130,15 @@ class MasterWeights:
         torch._foreach_mul_(grads, torch.where(finite, MAX_GRAD_NORM / (norm + 1e-6), 0.0).clamp(max=1.0))
         for i, master in zip(self.adam_indices, self.adam_params, strict=True):
             master.grad = grads[i]
+        rate = self.rate * finite
         for group in self.adam.param_groups:
-            group["lr"].copy_(self.rate * self.adam_lr)
+            group["lr"].copy_(rate * self.adam_lr)
         self.adam.step()
         for indices, momentum in zip(self.muon_groups, self.momenta, strict=True):
             grad = torch.stack([grads[i] for i in indices])
             momentum.mul_(MUON_MOMENTUM).add_(grad)
-            update = orthogonalize(grad + MUON_MOMENTUM * momentum).float()
-            update *= self.rate * (self.muon_lr * max(1.0, grad.shape[1] / grad.shape[2]) ** 0.5)
+            update = orthogonalize(grad + MUON_MOMENTUM * momentum).float()  # as long without a gradient as with one
+            update *= rate * (self.muon_lr * max(1.0, grad.shape[1] / grad.shape[2]) ** 0.5)
             torch._foreach_sub_([self.masters[i] for i in indices], list(update.unbind(0)))
         torch._foreach_copy_(self.params, self.masters)
         change = torch._foreach_sub(self.masters, self.ema)
@@ -150,23 +153,24 @@ class MasterWeights:
         return [*self.masters, *self.ema, *self.momenta, *adam]
 
     def keep(self) -> None:
-        """Remember this point, to come back to."""
-        self.kept = [t.clone() for t in self._stepped()]
+        """Remember this point and the one before it, to come back to."""
+        self.kept = [*self.kept[-1:], [t.clone() for t in self._stepped()]]
         self.kept_skipped = int(self.skipped)
 
     @torch.no_grad()
     def keep_or_rewind(self, steps: int) -> bool:
-        """Keep this point when few of the last `steps` were skipped, else go back to the last good one; False: gone back too often.
+        """Keep this point when few of the last `steps` were skipped, else go back to the one before the last good one; False: gone back too often.
 
-        In place, so that a captured step sees it. The next pairs and noise differ, so the way forward does too.
+        In place, so that a captured step sees it. The way forward is slower then, with other pairs and other noise.
         """
         skipped = int(self.skipped)
         if skipped - self.kept_skipped <= MAX_SKIPPED_SHARE * steps:
             self.keep()
             return True
         stepped = self._stepped()
-        torch._foreach_copy_(stepped[: len(self.kept)], self.kept)
-        for t in stepped[len(self.kept) :]:  # AdamW's state, from before its first step
+        self.kept = self.kept[:1]
+        torch._foreach_copy_(stepped[: len(self.kept[0])], self.kept[0])
+        for t in stepped[len(self.kept[0]) :]:  # AdamW's state, from before its first step
             t.zero_()
         torch._foreach_copy_(self.params, self.masters)
         self.kept_skipped = skipped
