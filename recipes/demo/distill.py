@@ -109,10 +109,11 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         weights.step()
         return loss.detach()
 
+    def refill() -> None:
+        pool.refill(args.refill_pairs, drawing)
+
     length = Length(args.steps, args.minutes, warmup=50)
-    record = run(
-        "lora", step, weights, generator, length, lambda: pool.refill(args.refill_pairs, drawing), args.refill_every, log_every=100
-    )
+    record = run("lora", step, weights, generator, length, refill, args.refill_every, log_every=100)
     save_lora(args.work / "lora.safetensors", weights.averaged(), args.rank)
     weights.use_averaged()
     if args.validate:

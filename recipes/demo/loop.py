@@ -1,4 +1,4 @@
-"""The loop of steps 2 and 3: learning rate, new pairs, a log line, and the way back when gradients stop being finite."""
+"""The loop of steps 2 and 3: learning rate, new pairs, a log line, and an end when gradients stop being finite."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ def run(
     weights.prepare(cosine(weights.steps, weights.steps / length.steps, length.warmup))
     step = captured(step, weights, generator)
     started, first, recent = time.monotonic(), weights.steps, []
-    weights.keep()
 
     def progress() -> float:
         return max(weights.steps / length.steps, (time.monotonic() - started) / (length.minutes * 60))
@@ -47,16 +46,16 @@ def run(
         if weights.steps % refill_every == 0:
             refill()
         if weights.steps % log_every == 0:
-            mean, elapsed = torch.stack(recent).nanmean().item(), time.monotonic() - started
+            mean, elapsed = torch.stack(recent).mean().item(), time.monotonic() - started
             rate = (weights.steps - first) / elapsed
             print(
                 f"{name} {weights.steps:6d}/{length.steps} {elapsed:6.1f} s {rate:5.1f} steps/s  loss {mean:.4f}"
-                f"  skipped {int(weights.skipped)}  rewound {weights.rewound}",
+                f"  skipped {int(weights.skipped)}",
                 flush=True,
             )
             recent.clear()
-            if not weights.keep_or_rewind(log_every):
-                print("stopping early: the gradients are not finite any more", flush=True)
+            if weights.lost():
+                print("stopping early: too many gradients were not finite", flush=True)
                 break
     seconds = time.monotonic() - started
-    return {"steps": weights.steps, "skipped": int(weights.skipped), "rewound": weights.rewound, "seconds": round(seconds, 1)}
+    return {"steps": weights.steps, "skipped": int(weights.skipped), "seconds": round(seconds, 1)}

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 MUON_MOMENTUM = 0.95
 MAX_GRAD_NORM = 1.0
-MAX_SKIPPED_SHARE = 0.1
-MAX_REWOUND = 5
-SLOWER_AFTER_REWIND = 0.7
+MAX_SKIPPED = 50
+MAX_SKIPPED_SHARE = 0.02
 
 
 def cosine(step: int, progress: float, warmup: int, floor: float = 0.02) -> float:
@@ -105,8 +104,6 @@ class MasterWeights:
         # what changes from step to step lives on the device, so that a captured step can be replayed
         self.rate, self.ema_step, rate = (torch.zeros((), device=device) for _ in range(3))
         self.skipped = torch.zeros((), device=device, dtype=torch.int64)  # steps whose gradient was not finite
-        self.rewound, self.kept_skipped = 0, 0
-        self.kept: list[list[Tensor]] = []
         self.adam = torch.optim.AdamW(
             self.adam_params, lr=rate, betas=betas, weight_decay=0.0, fused=on_gpu, foreach=False, capturable=on_gpu
         )
@@ -114,7 +111,7 @@ class MasterWeights:
     def prepare(self, lr_factor: float) -> None:
         """Set the next step's learning rates and the weight of its result in the running average."""
         self.steps += 1
-        self.rate.fill_(lr_factor * SLOWER_AFTER_REWIND**self.rewound)
+        self.rate.fill_(lr_factor)
         self.ema_step.fill_(1 - min(self.ema_decay, (1 + self.steps) / (20 + self.steps)))
 
     @torch.no_grad()
@@ -147,35 +144,9 @@ class MasterWeights:
         for p in self.params:
             p.grad = None
 
-    def _stepped(self) -> list[Tensor]:
-        """Everything that a step changes."""
-        adam = [t for state in self.adam.state.values() for t in state.values()]
-        return [*self.masters, *self.ema, *self.momenta, *adam]
-
-    def keep(self) -> None:
-        """Remember this point and the one before it, to come back to."""
-        self.kept = [*self.kept[-1:], [t.clone() for t in self._stepped()]]
-        self.kept_skipped = int(self.skipped)
-
-    @torch.no_grad()
-    def keep_or_rewind(self, steps: int) -> bool:
-        """Keep this point when few of the last `steps` were skipped, else go back to the one before the last good one; False: gone back too often.
-
-        In place, so that a captured step sees it. The way forward is slower then, with other pairs and other noise.
-        """
-        skipped = int(self.skipped)
-        if skipped - self.kept_skipped <= MAX_SKIPPED_SHARE * steps:
-            self.keep()
-            return True
-        stepped = self._stepped()
-        self.kept = self.kept[:1]
-        torch._foreach_copy_(stepped[: len(self.kept[0])], self.kept[0])
-        for t in stepped[len(self.kept[0]) :]:  # AdamW's state, from before its first step
-            t.zero_()
-        torch._foreach_copy_(self.params, self.masters)
-        self.kept_skipped = skipped
-        self.rewound += 1
-        return self.rewound <= MAX_REWOUND
+    def lost(self) -> bool:
+        """Whether so many steps were skipped that going on would only cost time; what was reached is still good."""
+        return int(self.skipped) > max(MAX_SKIPPED, MAX_SKIPPED_SHARE * self.steps)
 
     def averaged(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.ema, strict=True))

@@ -116,10 +116,11 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         weights.step()
         return loss.detach()
 
+    def refill() -> None:
+        pool.refill(args.refill_pairs, drawing)
+
     length = Length(args.steps, args.minutes, args.stop_after)
-    record = run(
-        "editor", step, weights, generator, length, lambda: pool.refill(args.refill_pairs, drawing), args.refill_every, log_every=200
-    )
+    record = run("editor", step, weights, generator, length, refill, args.refill_every, log_every=200)
     averaged = {name: tensor.contiguous().cpu() for name, tensor in weights.averaged().items()}
     save_file(averaged, args.work / "editor.safetensors")
     torch.save(weights.state(), args.work / "state.pt")
