@@ -1,7 +1,7 @@
 """Step 0: the text. `python -m recipes.demo.prompts --work build/demo` writes tokenizer/ and wordings.safetensors.
 
-Every edit gets a number of tokenized wordings; in training they lie as one table on the device, and a wording is
-picked by integer arithmetic.
+Every edit gets a number of tokenized wordings; in training they lie end to end on the device, and a wording is picked,
+made noisy and put into the template by integer arithmetic.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from torch import Tensor
 from millicent.model.prompt import IMAGE_PAD, SYSTEM_PREFIX, edit_plus_prompt
 from recipes.demo import tokenizer
 from recipes.demo.encoder import PICTURE_TOKENS
+from recipes.demo.noise import ROOM, Noise, pack_left
 from recipes.demo.scenes import Edit
-from recipes.demo.wordings import held_out_wording, training_wording
+from recipes.demo.wordings import choosing_wording, core_wording, held_out_wording, training_wording
 from recipes.demo.world import CLASSES, COLOR_NAMES, LOGOS, OPS
 
-TRAINING_WORDINGS = 40  # of each edit
+TRAINING_WORDINGS = 100  # of each edit
 HELD_OUT_WORDINGS = 6
+CHOOSING_WORDINGS = 4
+CORE_WORDINGS = 4  # from the core of the grammar alone, for tune_encoder's teacher
+LONGEST_WORDING = 72  # characters; a longer one is drawn again, since all prompts are as wide as the longest
 EDITS = len(OPS) * len(CLASSES) * len(LOGOS) * len(COLOR_NAMES)
 SEED = 7
 
@@ -43,26 +47,44 @@ class PromptTable:
         self.special = {token: special_id(bpe, token) for token in tokenizer.SPECIAL_TOKENS}
         self.vocab_size = -(-bpe.get_vocab_size() // 64) * 64
         self.device = device
-        self.prefix = torch.tensor(bpe.encode(SYSTEM_PREFIX, add_special_tokens=False).ids, device=device)
-        self.prefix_tokens = len(self.prefix)
-        whole = bpe.encode(edit_plus_prompt("x", 1), add_special_tokens=False).ids
-        self.picture_at = whole.index(self.special[IMAGE_PAD])
+        head, tail = template(bpe)
+        self.head, self.tail = torch.tensor(head, device=device), torch.tensor(tail, device=device)
+        self.prefix_tokens = len(bpe.encode(SYSTEM_PREFIX, add_special_tokens=False).ids)
+        self.picture_at = head.index(self.special[IMAGE_PAD])
+        self.noise = Noise.of(bpe, device)
         self.tables = {k: v.to(device) for k, v in load_file(work / "wordings.safetensors").items()}
+        self.longest = {k.split(".")[0]: int(v.diff().max()) for k, v in self.tables.items() if k.endswith(".starts")}
 
     def training(self, edit: Edit, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """One wording for each edit: ids (B, prefix + T) and the mask (B, T) of what is no padding."""
-        return self.pick(edit, generator, "training")
+        """One wording for each edit, often noisy: ids (B, prefix + T) and the mask (B, T) of what is no padding."""
+        return self.prompts(*self.noise(*self.pick(edit, generator, "training"), generator), self.longest["training"] + ROOM)
 
     def held_out(self, edit: Edit, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return self.pick(edit, generator, "held_out")
+        return self.of("held_out", edit, generator)
+
+    def of(self, split: str, edit: Edit, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One wording for each edit, of any split, as it is."""
+        return self.prompts(*self.pick(edit, generator, split), self.longest[split])
 
     def pick(self, edit: Edit, generator: torch.Generator, split: str) -> tuple[Tensor, Tensor]:
-        ids, lengths = self.tables[f"{split}.ids"], self.tables[f"{split}.lengths"]
-        per_edit = len(ids) // EDITS
+        """One wording's ids for each edit, (B, longest), and which of them are its own."""
+        ids, starts = self.tables[f"{split}.ids"], self.tables[f"{split}.starts"].long()
+        per_edit = (len(starts) - 1) // EDITS
         cell = ((edit.op * len(CLASSES) + edit.cls) * len(LOGOS) + edit.aux) * len(COLOR_NAMES) + edit.color
         row = cell * per_edit + torch.randint(0, per_edit, cell.shape, device=self.device, generator=generator)
-        mask = torch.arange(ids.shape[1], device=self.device) < lengths[row, None]
-        return torch.cat([self.prefix.expand(len(row), -1), ids[row].long()], 1), mask
+        at = starts[row, None] + torch.arange(self.longest[split], device=self.device)
+        return ids[at.clamp(max=len(ids) - 1)].long(), at < starts[row + 1, None]
+
+    def prompts(self, ids: Tensor, kept: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """The kept ids (B, T), of which a row has at most `longest`, as whole prompts."""
+        ids = torch.cat([ids, self.tail.expand(len(ids), -1)], 1)
+        kept = torch.cat([kept, torch.ones_like(self.tail, dtype=torch.bool).expand(len(ids), -1)], 1)
+        width = -(-(len(self.head) - self.prefix_tokens + longest + len(self.tail)) // 8) * 8  # eights are fast on a GPU
+        width -= len(self.head) - self.prefix_tokens
+        packed, lengths = pack_left(ids, kept, width, self.special["<|endoftext|>"])
+        whole = torch.cat([self.head.expand(len(ids), -1), packed], 1)
+        after = torch.arange(whole.shape[1] - self.prefix_tokens, device=self.device)
+        return whole, after < lengths[:, None] + len(self.head) - self.prefix_tokens
 
 
 def special_id(bpe: Tokenizer, token: str) -> int:
@@ -89,20 +111,19 @@ def wordings_in_order(wording: Wording, per_edit: int) -> list[str]:
     ]
 
 
+def template(bpe: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids before a wording, with the prefix and one picture's tokens, and those after it."""
+    before, after = edit_plus_prompt("\0", 1).split("\0")
+    head, tail = (bpe.encode(part, add_special_tokens=False).ids for part in (before, after))
+    at = head.index(special_id(bpe, IMAGE_PAD))
+    return [*head[:at], *[head[at]] * PICTURE_TOKENS, *head[at + 1 :]], tail
+
+
 def tabulate(bpe: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """ids (rows, T) int16 of the prompts after the prefix, and lengths (rows,): how many of each row are no padding."""
-    prefix_tokens = len(bpe.encode(SYSTEM_PREFIX, add_special_tokens=False).ids)
-    pad, end = special_id(bpe, IMAGE_PAD), special_id(bpe, "<|endoftext|>")
-    rows = []
-    for encoded in bpe.encode_batch([edit_plus_prompt(text, 1) for text in texts], add_special_tokens=False):
-        ids = encoded.ids
-        at = ids.index(pad)
-        rows.append(ids[prefix_tokens:at] + [pad] * PICTURE_TOKENS + ids[at + 1 :])
-    lengths = np.array([len(row) for row in rows])
-    table = np.full((len(rows), -(-lengths.max() // 8) * 8), end, dtype=np.int16)
-    for i, row in enumerate(rows):
-        table[i, : len(row)] = row
-    return torch.from_numpy(table), torch.from_numpy(lengths)
+    """The texts' ids end to end (n,) int16, and where each begins, and the last one ends, (texts + 1,) int32."""
+    rows = [encoded.ids for encoded in bpe.encode_batch(texts, add_special_tokens=False)]
+    starts = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    return torch.from_numpy(np.concatenate(rows).astype(np.int16)), torch.from_numpy(starts)
 
 
 def write(work: Path) -> None:
@@ -110,15 +131,25 @@ def write(work: Path) -> None:
     tokenizer.train(work / "tokenizer")
     bpe = read_tokenizer(work)
 
+    def training(op: int, color: int, aux: int, cls: int, rng: random.Random) -> str:
+        while len(text := training_wording(op, color, aux, cls, rng)) > LONGEST_WORDING:
+            pass
+        return text
+
     def held_out(op: int, color: int, aux: int, cls: int, rng: random.Random) -> str:
         return held_out_wording(op, color, aux, cls, rng.randrange(2**30))
 
+    def choosing(op: int, color: int, aux: int, cls: int, rng: random.Random) -> str:
+        return choosing_wording(op, color, aux, cls, rng.randrange(2**30))
+
     tables = {}
     for split, wording, per_edit in (
-        ("training", training_wording, TRAINING_WORDINGS),
+        ("training", training, TRAINING_WORDINGS),
+        ("core", core_wording, CORE_WORDINGS),
         ("held_out", held_out, HELD_OUT_WORDINGS),
+        ("choosing", choosing, CHOOSING_WORDINGS),
     ):
-        tables[f"{split}.ids"], tables[f"{split}.lengths"] = tabulate(bpe, wordings_in_order(wording, per_edit))
+        tables[f"{split}.ids"], tables[f"{split}.starts"] = tabulate(bpe, wordings_in_order(wording, per_edit))
     save_file(tables, work / "wordings.safetensors")
 
 

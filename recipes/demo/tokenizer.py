@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import Qwen2Tokenizer
 
 from millicent.model.prompt import SYSTEM_TEXT
-from recipes.demo.wordings import HELD_OUT, training_wording
+from recipes.demo.wordings import HELD_OUT, core_wording
 from recipes.demo.world import ANY_ITEM, CLASSES, COLOR_NAMES, ITEM_WORDS, LOGOS, OPS, PATTERNS
 
 SPECIAL_TOKENS = (
@@ -26,13 +26,13 @@ CORPUS_WORDINGS = 20000
 
 
 def corpus(seed: int = 0) -> list[str]:
-    """Training wordings, the template's words, and every word of the world and of the held-out frames on its own.
+    """The core's wordings, the template's words, and every word of the world and of the held-out frames on its own.
 
     The held-out frames' words get pieces of their own, which training never sees in those frames' order.
     """
     rng = random.Random(seed)
     lines = [
-        training_wording(rng.randrange(len(OPS)), rng.randrange(25), rng.randrange(3), rng.randrange(8), rng)
+        core_wording(rng.randrange(len(OPS)), rng.randrange(25), rng.randrange(3), rng.randrange(8), rng)
         for _ in range(CORPUS_WORDINGS)
     ]
     words = [*COLOR_NAMES, *LOGOS, *ANY_ITEM, *(w for c in CLASSES for w in ITEM_WORDS[c]), *(w for p in PATTERNS for w in p)]

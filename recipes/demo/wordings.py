@@ -1,7 +1,8 @@
-"""How people ask for an edit: training wordings from a small grammar, and held-out frames that it can never produce.
+"""How people ask for an edit: training wordings from a grammar, and held-out frames that it can never produce.
 
-In a frame, (a|b) is a choice and {the} an article; {i} is the product's word, {c} a color, {p} and {pa} a pattern as
-noun and adjective ("stripes", "striped"), {s} a logo's shape.
+The core of the grammar is here, and made the vocabulary; phrases.py widens it. In a frame, (a|b) is a choice and {the} an
+article; {i} is the product's word, {c} a color, {p} and {pa} a pattern as noun and adjective ("stripes", "striped"), {s} a
+logo's shape.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import random
 import re
 
+from recipes.demo import phrases
 from recipes.demo.world import ANY_ITEM, CLASSES, COLOR_NAMES, ITEM_WORDS, LOGOS, OPS, PATTERNS
 
 ARTICLES = ("the", "the", "the", "this", "my", "that")
@@ -229,6 +231,18 @@ HELD_OUT = {
     ),
 }
 
+CORE_SHARE = 0.3
+REMARK_SHARE = 0.25
+
+# what tells one edit from another: things, colors, and the words that name the place or the direction of the change
+CONTENT_WORDS = (
+    *(*ANY_ITEM, *(w for words in ITEM_WORDS.values() for w in words), *COLOR_NAMES, *LOGOS, *(w for p in PATTERNS for w in p)),
+    *("background", "backdrop", "behind", "front", "against", "before", "ground", "pattern", "print", "logo", "on", "in", "with"),
+    *("no", "none", "without", "nothing", "plain", "solid", "one", "single", "remove", "removed", "delete", "erase", "clear"),
+    *("drop", "take", "get", "off", "rid", "away", "leave", "out", "wipe", "wash", "strip", "peel", "undo", "hide", "lose", "skip"),
+    *("add", "put", "place", "to", "color", "colour"),
+)
+
 _CHOICE = re.compile(r"\(([^()]*)\)")
 
 
@@ -247,8 +261,8 @@ def fill(frame: str, op: int, color: int, aux: int, cls: int, rng: random.Random
     return frame.format(i=rng.choice(words), c=COLOR_NAMES[color], p=noun, pa=adjective, s=shape)
 
 
-def training_wording(op: int, color: int, aux: int, cls: int, rng: random.Random) -> str:
-    """One wording from the grammar; the arguments are indices as in scenes.Edit."""
+def core_wording(op: int, color: int, aux: int, cls: int, rng: random.Random) -> str:
+    """One wording from the core of the grammar; the arguments are indices as in scenes.Edit."""
     name = OPS[op]
     if rng.random() < 0.75:
         core = rng.choice(ASKING) + choose(rng.choice(IMPERATIVES[name]), rng)
@@ -258,7 +272,29 @@ def training_wording(op: int, color: int, aux: int, cls: int, rng: random.Random
     return text[0].upper() + text[1:] if rng.random() < 0.4 else text
 
 
+def training_wording(op: int, color: int, aux: int, cls: int, rng: random.Random) -> str:
+    """One wording from the whole grammar: the core's and phrases.py's frames, remarks and closings, freely mixed."""
+    if rng.random() < CORE_SHARE:
+        return core_wording(op, color, aux, cls, rng)
+    name = OPS[op]
+    if rng.random() < 0.75:
+        asking = rng.choice(rng.choice((ASKING, phrases.ASKING)))
+        core = asking + choose(rng.choice(rng.choice((IMPERATIVES, phrases.IMPERATIVES))[name]), rng)
+    else:
+        core = choose(rng.choice(rng.choice((STATEMENTS, phrases.STATEMENTS))[name]), rng)
+    closings = CLOSING, phrases.CLOSING, phrases.CLOSING if name == "background" else phrases.CLOSING_OFF_BACKGROUND
+    remark = rng.choice(phrases.REMARKS) if rng.random() < REMARK_SHARE else ""
+    text = remark + " ".join(fill(core, op, color, aux, cls, rng).split()) + rng.choice(rng.choice(closings))
+    return text[0].upper() + text[1:] if rng.random() < 0.4 else text
+
+
 def held_out_wording(op: int, color: int, aux: int, cls: int, seed: int) -> str:
     """One wording from the held-out frames, the same for the same seed."""
     rng = random.Random(seed)
     return fill(rng.choice(HELD_OUT[OPS[op]]), op, color, aux, cls, rng)
+
+
+def choosing_wording(op: int, color: int, aux: int, cls: int, seed: int) -> str:
+    """One wording from the third split: neither trained on nor measured by, only chosen by."""
+    rng = random.Random(seed)
+    return fill(rng.choice(phrases.CHOOSING[OPS[op]]), op, color, aux, cls, rng)

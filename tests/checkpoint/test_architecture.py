@@ -16,6 +16,7 @@ from millicent.checkpoint.architecture import (
     Found,
     find_part,
     strip_prefix,
+    text_encoder_name,
     text_encoder_tensors,
     transformer_config,
     transformer_tensors,
@@ -24,7 +25,6 @@ from millicent.checkpoint.header import TensorInfo, read_header
 from millicent.errors import CheckpointError
 from millicent.model.config import MMDiTConfig, VAEConfig
 from millicent.model.mmdit import MMDiT
-from millicent.model.text_encoder import rename_key
 from millicent.model.vae import VAE
 
 
@@ -151,4 +151,4 @@ def test_the_demos_text_encoder_is_listed_too() -> None:
     folder = demo.folder() / "text_encoder"
     expected = text_encoder_tensors(json.loads((folder / "config.json").read_text()))
     held = read_header(folder / "model.safetensors").tensors
-    assert expected == {rename_key(key): info.shape for key, info in held.items()}
+    assert expected == {text_encoder_name(key): info.shape for key, info in held.items()}

@@ -1,13 +1,16 @@
 """Schemes by the tensors that the real makers write, and by what is one tensor away from them."""
 
 import itertools
+import subprocess
+import sys
 
 import comfy_kitchen as kitchen
 import pytest
 import torch
 
 from millicent.checkpoint.header import TensorInfo
-from millicent.checkpoint.schemes import BY_NAME, SCHEMES, fitting_schemes, near_misses
+from millicent.checkpoint.schemes import BY_NAME, FOREIGN_PARTS, KEEPABLE, SCHEMES, fitting_schemes, foreign_layout, near_misses
+from millicent.formats.gguf_types import BLOCK_TYPES
 
 QWEN_SHAPES = [(3072, 64), (3072, 3584), (18432, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (64, 3072), (6144, 3072)]
 DTYPES = {
@@ -51,7 +54,7 @@ def test_each_maker_s_layer_has_one_reading_or_the_two_that_are_known(n: int, k:
     grid = info("F32", -(-n // 128), -(-k // 128))
     assert names({"weight": fp8, "weight_scale_inv": grid}, (n, k)) == ["fine-grained fp8"]
     packed = {"weight": info("U8", n * k // 2, 1), "weight.absmax": info("F32", n * k // 64), "weight.quant_map": info("F32", 16)}
-    assert names({**packed, "weight.quant_state.bitsandbytes__nf4": info("U8", 80)}, (n, k)) == ["bitsandbytes 4-bit"]
+    assert names({**packed, "weight.quant_state.bitsandbytes__nf4": info("U8", 80)}, (n, k)) == ["bitsandbytes nf4"]
     modelopt = {"weight": info("U8", n, k // 2), "weight_scale": info("F8_E4M3", n, k // 16), "weight_scale_2": value}
     both = ["nvfp4, comfy", "nvfp4, modelopt"] if n % 128 == 0 else ["nvfp4, modelopt"]
     assert names(modelopt, (n, k)) == both
@@ -61,6 +64,12 @@ def test_each_maker_s_layer_has_one_reading_or_the_two_that_are_known(n: int, k:
         "weight_global_scale": info("F32", 1),
     }
     assert names(packed_ct, (n, k)) == ["nvfp4, compressed-tensors"]
+    if n % 128 == 0:
+        lightx2v = {"weight": info("U8", n, k // 2), "weight_scale": info("F8_E4M3", n, k // 16), "input_global_scale": value}
+        assert names(lightx2v | {"weight_global_scale": value}, (n, k)) == ["nvfp4, lightx2v"]
+        calibrated = {**lightx2v, "alpha": value, "input_absmax": info("F32", 1)}
+        assert names(calibrated, (n, k)) == ["nvfp4, lightx2v calibrated"]
+        assert names({key: part for key, part in calibrated.items() if key != "alpha"}, (n, k)) == []
 
 
 @pytest.mark.parametrize(("n", "k"), [(128, 64), (130, 208), (64, 3072), (3072, 64)])
@@ -71,6 +80,66 @@ def test_comfy_kitchens_own_tensors_fit_their_scheme(n: int, k: int) -> None:
     assert "nvfp4, comfy" in names(parts, (n, k))
     codes, scales = kitchen.quantize_mxfp8(weight, pad_32x=True)[:2]
     assert "mxfp8, swizzled" in names({"weight": of(codes), "weight_scale": of(scales)}, (n, k))
+
+
+def bitsandbytes_parts(kind: str, nested: bool, n: int = 3072, k: int = 3072) -> dict[str, TensorInfo]:
+    blocks = n * k // 64
+    parts = {
+        "weight": info("U8", n * k // 2, 1),
+        "weight.absmax": info("U8" if nested else "F32", blocks),
+        "weight.quant_map": info("F32", 16),
+        f"weight.quant_state.bitsandbytes__{kind}": info("U8", 90),
+    }
+    if nested:
+        parts |= {"weight.nested_absmax": info("F32", blocks // 256), "weight.nested_quant_map": info("F32", 256)}
+    return parts
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_bitsandbytes_is_whole_or_nothing(kind: str) -> None:
+    for nested in (False, True):
+        whole = bitsandbytes_parts(kind, nested)
+        assert names(whole, (3072, 3072)) == [f"bitsandbytes {kind}{', nested' if nested else ''}"]
+        for suffix in whole:
+            assert names({key: part for key, part in whole.items() if key != suffix}, (3072, 3072)) == [], suffix
+        other = "fp4" if kind == "nf4" else "nf4"
+        both = whole | {f"weight.quant_state.bitsandbytes__{other}": info("U8", 90)}
+        assert names(both, (3072, 3072)) == []
+        assert names(whole | {"weight.absmax": info("F32" if nested else "U8", 3072 * 48)}, (3072, 3072)) == []
+        assert names(whole | {"weight.absmax": info("U8" if nested else "F32", 3072 * 48 + 1)}, (3072, 3072)) == []
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCK_TYPES.values() if block.values > 1], ids=lambda block: block.name)
+def test_each_of_ggufs_block_types_has_its_scheme(block: object) -> None:
+    name, values = block.name, block.values  # type: ignore[attr-defined]
+    (scheme,) = fitting_schemes({"weight": info(name, 3072, 3584)}, (3072, 3584))
+    assert (scheme.name, scheme.format) == (f"gguf {name}", name.lower())
+    assert names({"weight": info(name, 3584, 3072)}, (3072, 3584)) == []
+    assert names({"weight": info(name, 3072, values // 2)}, (3072, values // 2)) == [], "rows that end amid a block"
+    assert names({"weight": info(name, 3072, 3584), "weight_scale": info("F32")}, (3072, 3584)) == []
+
+
+@pytest.mark.parametrize("name", ["GGML_10", "GGML_20", "Q2_K", "IQ4_NL"])
+def test_other_types_of_ggml_have_none(name: str) -> None:
+    assert names({"weight": info(name, 3072, 3072)}, (3072, 3072)) == []
+
+
+def test_what_another_layout_has_is_known_by_name() -> None:
+    for piece, layout in FOREIGN_PARTS.items():
+        assert foreign_layout({"weight": info("I8", 8, 8), piece: info("F32", 8)}) == layout
+        assert foreign_layout({f"weight.{piece}": info("F32", 8)}) == layout
+        assert not [scheme.name for scheme in SCHEMES if piece in {*scheme.needed, *scheme.optional}]
+    assert foreign_layout({"weight": info("I8", 8, 8), "weight_scale": info("F32")}) is None
+
+
+def test_what_can_be_kept_is_needed_by_its_scheme() -> None:
+    for name, suffixes in KEEPABLE.items():
+        assert set(suffixes) <= set(BY_NAME[name].needed)
+
+
+def test_telling_how_a_file_is_stored_loads_no_torch() -> None:
+    code = "import sys, millicent.checkpoint.layout; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "False"
 
 
 def test_two_readings_of_one_layer_differ_in_their_makers() -> None:

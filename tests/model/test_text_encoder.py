@@ -9,14 +9,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from millicent.checkpoint.architecture import text_encoder_name
 from millicent.checkpoint.folder import read_json
-from millicent.checkpoint.weights import load_weights
+from millicent.checkpoint.load import fill
 from millicent.errors import CheckpointError, IncompleteModelError, InputError, PromptTooLongError, WeightsMismatchError
 from millicent.model.prompt import SYSTEM_PREFIX
 from millicent.model.text_encoder import (
     TextEncoder,
     build_network,
-    convert_state,
     lay_out_tokens,
     read_image_processor,
     read_tokenizer,
@@ -32,7 +32,7 @@ PORTRAIT = draw_picture(112, 56, seed=1)
 def load_encoder(folder: Path, state: dict[str, Tensor] | None = None, template: str = "edit-plus") -> TextEncoder:
     network = build_network(read_json(folder / "text_encoder" / "config.json"))
     state = state or load_file(folder / "text_encoder" / "model.safetensors")
-    load_weights(network, convert_state(state), folder)
+    fill(network, {text_encoder_name(key): tensor for key, tensor in state.items() if not key.startswith("lm_head.")}, str(folder))
     tokenizer, images = read_tokenizer(folder / "tokenizer"), read_image_processor(folder / "processor")
     return TextEncoder(network, tokenizer, images, template=template, max_prompt_tokens=20)
 

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from millicent.engine.editor import Editor
 from millicent.engine.pipeline import pack, unpack
-from recipes.demo import distill, export, pool, prompts, train_editor, train_vae
+from millicent.model.prompt import IMAGE_PAD
+from recipes.demo import distill, export, pool, prompts, train_editor, train_vae, tune_encoder
 from recipes.demo.encoder import encode_prompts
 from recipes.demo.metrics import ciede2000, measure, ssim
 from recipes.demo.networks import build_transformer, build_vae
 from recipes.demo.optimize import MAX_SKIPPED, MasterWeights, cosine, orthogonalize
 from recipes.demo.prompts import PromptTable
-from recipes.demo.scenes import Scenes
+from recipes.demo.scenes import Edit, Scenes
 from recipes.demo.validate import LIGHTNING_SIGMAS, rollout
 
 DEMO = Path(__file__).parents[2] / "src" / "millicent" / "demo"
@@ -190,6 +191,8 @@ def test_the_whole_recipe_from_data_to_a_folder_that_edits(tmp_path: Path, monke
     """Two steps of everything: no quality, but every file is there, and diffusers' classes wrote what we open."""
     monkeypatch.setattr(prompts, "TRAINING_WORDINGS", 1)
     monkeypatch.setattr(prompts, "HELD_OUT_WORDINGS", 1)
+    monkeypatch.setattr(prompts, "CHOOSING_WORDINGS", 1)
+    monkeypatch.setattr(prompts, "CORE_WORDINGS", 1)
     monkeypatch.setattr(train_vae, "STATISTICS_PICTURES", 4)
     monkeypatch.setattr(train_vae, "STATISTICS_BATCH", 4)
     work = ("--work", str(tmp_path / "work"))
@@ -199,6 +202,12 @@ def test_the_whole_recipe_from_data_to_a_folder_that_edits(tmp_path: Path, monke
     run(monkeypatch, train_vae, *work, "--steps", "2", *small)
     run(monkeypatch, train_editor, *work, "--steps", "2", *small, *filled)
     run(monkeypatch, train_editor, *work, "--steps", "3", *small, *filled, "--resume")
+    trained = load_file(tmp_path / "work" / "editor.safetensors")
+    run(monkeypatch, tune_encoder, *work, "--steps", "2", *small, *filled[:6], "--tokens", "16")
+    tuned = load_file(tmp_path / "work" / "editor.safetensors")
+    changed = {name for name in trained if not torch.equal(tuned[name], trained[name])}
+    assert changed
+    assert all(name.startswith("encoder.language_model.") for name in changed)
     run(monkeypatch, distill, *work, "--steps", "2", *small, *filled)
     run(monkeypatch, export, *work, "--out", str(tmp_path / "model"))
     lora = load_file(tmp_path / "model" / export.LORA_FILE)
@@ -215,11 +224,32 @@ def test_the_whole_recipe_from_data_to_a_folder_that_edits(tmp_path: Path, monke
 def test_prompts_of_training_end_where_the_mask_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "TRAINING_WORDINGS", 1)
     monkeypatch.setattr(prompts, "HELD_OUT_WORDINGS", 1)
+    monkeypatch.setattr(prompts, "CHOOSING_WORDINGS", 1)
+    monkeypatch.setattr(prompts, "CORE_WORDINGS", 1)
     prompts.write(tmp_path)
     table = PromptTable(tmp_path, torch.device("cpu"))
-    ids, lengths = table.tables["training.ids"], table.tables["training.lengths"]
-    end = table.special["<|endoftext|>"]
-    columns = torch.arange(ids.shape[1])
-    assert (ids[columns >= lengths[:, None]] == end).all()
-    assert not (ids[columns < lengths[:, None]] == end).any()
+    edit = Edit(*(torch.arange(16) % n for n in (7, 25, 3, 8)))
+    generator = torch.Generator().manual_seed(0)
+    for ids, mask in (table.training(edit, generator), *(table.of(s, edit, generator) for s in ("training", "core", "held_out"))):
+        after, end = ids[:, table.prefix_tokens :], table.special["<|endoftext|>"]
+        assert after.shape == mask.shape
+        assert mask.shape[1] % 8 == 0
+        assert torch.equal(after != end, mask)
+        assert (after == table.special[IMAGE_PAD]).sum(1).tolist() == [16] * 16
     assert table.prefix_tokens == 64
+
+
+def test_velocity_at_every_token_is_the_transformers_own() -> None:
+    torch.manual_seed(0)
+    transformer = build_transformer()
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    noisy, reference, txt = torch.randn(2, 256, 64), torch.randn(2, 256, 64), torch.randn(2, 5, 128)
+    mask, t = torch.arange(5) < torch.tensor([[5], [3]]), torch.tensor([1.0, 0.9])
+    with torch.no_grad():
+        whole = transformer(torch.cat([noisy, reference], 1), txt, t, train_editor.IMG_SHAPES, mask)
+        at = torch.arange(256)
+        torch.testing.assert_close(tune_encoder.partial_velocity(transformer, noisy, reference, txt, mask, t, at), whole)
+        part = tune_encoder.partial_velocity(transformer, noisy, reference, txt, mask, t, at[::4])
+    assert part.shape == (2, 64, 64)
+    assert whole.abs().mean() > 0.1
+    assert torch.cosine_similarity(part.flatten(), whole[:, ::4].flatten(), 0) > 0.5

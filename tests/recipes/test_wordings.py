@@ -1,4 +1,4 @@
-"""Wordings: the held-out frames cannot come out of the training grammar, and the vocabulary is Qwen2's in kind."""
+"""Wordings: no held-out frame can come out of the training grammar, noise spares content, the vocabulary is Qwen2's in kind."""
 
 import random
 import re
@@ -9,10 +9,20 @@ import torch
 from transformers import Qwen2Tokenizer
 
 from millicent.model.prompt import SYSTEM_PREFIX, edit_plus_prompt
-from recipes.demo import tokenizer
-from recipes.demo.prompts import EDITS, PromptTable, read_tokenizer, wordings_in_order
+from recipes.demo import noise, phrases, tokenizer
+from recipes.demo.noise import Noise, pack_left
+from recipes.demo.prompts import EDITS, PromptTable, read_tokenizer, template, wordings_in_order
 from recipes.demo.scenes import Edit
-from recipes.demo.wordings import HELD_OUT, IMPERATIVES, STATEMENTS, held_out_wording, training_wording
+from recipes.demo.wordings import (
+    CONTENT_WORDS,
+    HELD_OUT,
+    IMPERATIVES,
+    STATEMENTS,
+    choosing_wording,
+    core_wording,
+    held_out_wording,
+    training_wording,
+)
 from recipes.demo.world import ANY_ITEM, CLASSES, COLOR_NAMES, ITEM_WORDS, LOGOS, OPS, PATTERNS
 
 DEMO = Path(__file__).parents[2] / "src" / "millicent" / "demo"
@@ -34,7 +44,8 @@ def test_each_wording_names_what_the_edit_is_about() -> None:
     rng = random.Random(0)
     for edit in all_edits() * 3:
         op, color, aux, cls = edit
-        for text in (training_wording(*edit, rng), held_out_wording(*edit, rng.randrange(10**6))):
+        seed = rng.randrange(10**6)
+        for text in (training_wording(*edit, rng), held_out_wording(*edit, seed), choosing_wording(*edit, seed)):
             lower = text.lower()
             if not OPS[op].startswith("remove"):
                 assert COLOR_NAMES[color] in lower, text
@@ -53,13 +64,60 @@ def test_no_training_wording_has_the_frame_of_a_held_out_one() -> None:
     rng = random.Random(1)
     trained = {skeleton(training_wording(*edit, rng)) for edit in all_edits() * 60}
     held = {skeleton(held_out_wording(*edit, seed)) for edit in all_edits() for seed in range(8)}
-    assert len(trained) > 5000
+    choosing = {skeleton(choosing_wording(*edit, seed)) for edit in all_edits() for seed in range(8)}
+    assert len(trained) > 15000
     assert len(held) > 25
+    assert len(choosing) > 25
     assert not trained & held
+    assert not trained & choosing
+    assert not choosing & held
+
+
+def test_no_held_out_frame_stands_inside_a_training_wording() -> None:
+    """Not with a remark before it or thanks after it, either."""
+    rng = random.Random(5)
+    trained = [f" {skeleton(training_wording(*edit, rng))} " for edit in all_edits() * 20]
+    held = {f" {skeleton(held_out_wording(*edit, seed))} " for edit in all_edits() for seed in range(8)}
+    assert not [text for text in trained if any(frame in text for frame in held)]
+
+
+@pytest.mark.parametrize(
+    "words", ["needs", "pick", "go with", "instead", "what would", "look", "take this # and", "could the", "go away"]
+)
+def test_the_training_grammar_has_none_of_the_turns_that_the_held_out_frames_are_made_of(words: str) -> None:
+    rng = random.Random(6)
+    held = {skeleton(held_out_wording(*edit, seed)) for edit in all_edits() for seed in range(8)}
+    assert any(re.search(rf"\b{words}(\b|$)", text) for text in held)
+    assert not [
+        t for t in (skeleton(training_wording(*edit, rng)) for edit in all_edits() * 20) if re.search(rf"\b{words}(\b|$)", t)
+    ]
 
 
 def test_every_operation_has_frames_of_each_kind() -> None:
     assert set(IMPERATIVES) == set(STATEMENTS) == set(HELD_OUT) == set(OPS)
+    assert set(phrases.IMPERATIVES) == set(phrases.STATEMENTS) == set(phrases.CHOOSING) == set(OPS)
+
+
+def test_noise_drops_and_puts_in_only_what_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "NOISY_SHARE", 1.0)
+    bpe, rng, generator = read_tokenizer(DEMO), random.Random(3), torch.Generator().manual_seed(0)
+    strangers = Noise.of(bpe, torch.device("cpu"))
+    rows = [bpe.encode(training_wording(*edit, rng), add_special_tokens=False).ids for edit in all_edits()]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    kept = torch.arange(width) < torch.tensor([[len(row)] for row in rows])
+    end = bpe.get_vocab_size() - 1
+    noisy, lengths = pack_left(*strangers(ids, kept, generator), width + noise.ROOM, end)
+    for before, after, length in zip(rows, noisy.tolist(), lengths.tolist(), strict=True):
+        content = [i for i in before if not strangers.filler[i]]
+        assert [i for i in after[:length] if not strangers.filler[i]] == content
+        assert after[length:] == [end] * (len(after) - length)
+    changed = [before != after[:length] for before, after, length in zip(rows, noisy.tolist(), lengths.tolist(), strict=True)]
+    assert sum(changed) > 0.8 * len(rows)
+    assert max(lengths) > width - noise.ROOM
+    words = {word for text in CONTENT_WORDS for word in text.split()}
+    assert {"red", "stripes", "background", "without", "mug"} <= words
+    assert not {"please", "the", "make"} & words
 
 
 def test_the_shipped_tokenizer_is_the_recipes_and_transformers_reads_it_alike() -> None:
@@ -67,8 +125,13 @@ def test_the_shipped_tokenizer_is_the_recipes_and_transformers_reads_it_alike() 
     theirs = Qwen2Tokenizer.from_pretrained(DEMO / "tokenizer")
     rng = random.Random(2)
     for edit in all_edits():
-        prompt = edit_plus_prompt(training_wording(*edit, rng), 1)
-        assert bpe.encode(prompt, add_special_tokens=False).ids == theirs(prompt)["input_ids"]
+        wording = rng.choice((core_wording, training_wording))(*edit, rng)
+        prompt = edit_plus_prompt(wording, 1)
+        ids = bpe.encode(prompt, add_special_tokens=False).ids
+        assert ids == theirs(prompt)["input_ids"]
+        head, tail = template(bpe)  # the training table's prompts are put together from parts, with one id for each picture token
+        once = [i for n, i in enumerate(head) if n == 0 or i != head[n - 1]]
+        assert once + bpe.encode(wording, add_special_tokens=False).ids + tail == ids
     assert len(bpe.encode(SYSTEM_PREFIX, add_special_tokens=False).ids) == 64  # as many as with the real vocabulary
     assert bpe.get_vocab_size() < 1024
 
@@ -84,16 +147,24 @@ def test_wordings_stand_where_the_table_looks_for_them(tmp_path: Path, monkeypat
 
     rows = wordings_in_order(lambda op, color, aux, cls, rng: f"{op} {color} {aux} {cls}", 1)
     assert len(rows) == EDITS
-    tables = {
-        f"training.{k}": v for k, v in (("ids", torch.arange(EDITS)[:, None].to(torch.int16)), ("lengths", torch.ones(EDITS)))
-    }
-    save_file(tables, tmp_path / "wordings.safetensors")
+    rng = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 4, (EDITS,), generator=rng)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+    ids = torch.arange(EDITS).repeat_interleave(lengths).to(torch.int16)  # each row its own number, one to three times
+    save_file({"training.ids": ids, "training.starts": starts}, tmp_path / "wordings.safetensors")
     (tmp_path / "tokenizer").symlink_to(DEMO / "tokenizer")
     table = PromptTable(tmp_path, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     edit = Edit(*(torch.randint(0, n, (50,), generator=generator) for n in (len(OPS), len(COLOR_NAMES), len(LOGOS), len(CLASSES))))
-    ids, mask = table.training(edit, generator)
-    assert mask.all()
-    assert [rows[i] for i in ids[:, -1].tolist()] == [
+    ids, kept = table.pick(edit, generator, "training")
+    assert [rows[i] for i in ids[:, 0].tolist()] == [
         f"{o} {c} {a} {k}" for o, c, a, k in zip(*(f.tolist() for f in edit), strict=True)
     ]
+    assert torch.equal(kept.sum(1), lengths[ids[:, 0]])
+    assert all((row == row[0])[mask].all() for row, mask in zip(ids, kept, strict=True))
+    whole, mask = table.prompts(ids, kept, 3)
+    head, tail = table.head.tolist(), table.tail.tolist()
+    for row, own, length, m in zip(whole.tolist(), ids[:, 0].tolist(), lengths[ids[:, 0]].tolist(), mask, strict=True):
+        used = head + [own] * length + tail
+        assert row == used + [table.special["<|endoftext|>"]] * (len(row) - len(used))
+        assert m.sum() == len(used) - table.prefix_tokens

@@ -6,13 +6,14 @@ QwenImageTransformer2DModel names them; a test holds the list equal to the netwo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from millicent.checkpoint.header import TensorInfo
-from millicent.errors import CheckpointError
+from millicent.errors import CheckpointError, WeightsMismatchError
 
 Part = Literal["transformer", "text_encoder", "vae", "lora", "all-in-one", "other"]
 
@@ -32,9 +33,8 @@ OTHER_FAMILIES = {
     "Wan": ("blocks.0.self_attn.q.weight",),
     "Lens": ("transformer_blocks.0.img_mlp.w1.weight",),
     "Z-Image": ("cap_embedder.0.weight",),
-    "Nunchaku's Qwen-Image": ("transformer_blocks.0.attn.to_qkv.qweight",),
+    "llama.cpp's Qwen2.5-VL": ("blk.0.attn_q.weight", "v.blk.0.attn_q.weight", "v.blk.0.attn_qkv.weight"),
 }
-_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 STREAM_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")
 
 
@@ -63,7 +63,7 @@ def find_part(keys: Collection[str]) -> Found:
             if any(f"{prefix}{marker}" in keys for marker in markers):
                 return Found("other", prefix, family)
     if any(key.endswith("layers.0.self_attn.k_proj.bias") for key in keys):
-        return Found("text_encoder")
+        return Found("text_encoder", ALL_IN_ONE["text_encoder"] if any(key.startswith("text_encoders.") for key in keys) else "")
     if "decoder.middle.0.residual.0.gamma" in keys or "decoder.up_blocks.0.resnets.0.conv1.weight" in keys:
         return Found("vae")
     return Found("other", family="an unknown network")
@@ -85,10 +85,7 @@ def transformer_config(tensors: Mapping[str, TensorInfo], name: str) -> dict[str
     zero_cond_t is left out: no shape tells it. tensors: by the transformer's own names.
     Raises CheckpointError where a block is missing or a shape is another network's.
     """
-    blocks = sorted({int(found[1]) for key in tensors if (found := _BLOCK.match(key))})
-    if blocks != list(range(len(blocks))):
-        absent = sorted(set(range(blocks[-1])) - set(blocks))
-        raise CheckpointError(f"{name} lacks the blocks {absent} below {blocks[-1]}.", "Fetch the whole file again.")
+    blocks = _count(tensors, r"transformer_blocks\.(\d+)\.", name)
     dim, head_dim = _length(tensors, "img_in.bias", name), _length(tensors, "transformer_blocks.0.attn.norm_q.weight", name)
     patch_values = _length(tensors, "proj_out.bias", name)
     if dim % head_dim or patch_values != 64:
@@ -100,7 +97,7 @@ def transformer_config(tensors: Mapping[str, TensorInfo], name: str) -> dict[str
         "patch_size": 2,
         "in_channels": 64,
         "out_channels": patch_values // 4,
-        "num_layers": len(blocks),
+        "num_layers": blocks,
         "attention_head_dim": head_dim,
         "num_attention_heads": dim // head_dim,
         "joint_attention_dim": _length(tensors, "txt_norm.weight", name),
@@ -112,7 +109,7 @@ def _length(tensors: Mapping[str, TensorInfo], key: str, name: str) -> int:
     info = tensors.get(key)
     if info is None or len(info.shape) != 1 or not info.shape[0]:
         found = "is missing" if info is None else f"has the shape {list(info.shape)}"
-        raise CheckpointError(f"In {name} {key} {found}; it is a vector in Qwen-Image's transformer.", "Fetch the file again.")
+        raise WeightsMismatchError(f"In {name} {key} {found}; it is a vector in Qwen-Image's transformer.", "Fetch the file again.")
     return info.shape[0]
 
 
@@ -141,6 +138,75 @@ def transformer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]
     for linear, (rows, columns) in linears.items():
         expected |= {f"{linear}.weight": (rows, columns), f"{linear}.bias": (rows,)}
     return expected
+
+
+def text_encoder_names(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors by the names that transformers has in memory: language_model.* and visual.*; markers keep theirs."""
+    return {text_encoder_name(key): info for key, info in tensors.items()}
+
+
+def text_encoder_name(key: str) -> str:
+    """`model.layers.0.…` and `model.language_model.layers.0.…` -> `language_model.layers.0.…`; likewise `visual.`."""
+    bare = key.removeprefix("model.")
+    if bare.startswith(("layers.", "embed_tokens.", "norm.")):
+        return f"language_model.{bare}"
+    return bare if bare.startswith(("language_model.", "visual.")) else key
+
+
+def text_encoder_config(tensors: Mapping[str, TensorInfo], name: str) -> dict[str, Any]:
+    """What of Qwen2.5-VL's config.json its tensors tell; tensors: by the names that transformers has in memory.
+
+    The heads are given as their ratio, which is all that the shapes hold. Raises CheckpointError where a vector is missing.
+    """
+    if not any(key.startswith("visual.") for key in tensors):
+        raise CheckpointError(
+            f"{name} is a text encoder without its vision tower, which an edit needs to see the picture.",
+            "Use a Qwen2.5-VL file that holds visual.* too.",
+        )
+
+    def length(key: str) -> int:
+        return _length(tensors, key, name)
+
+    dim, keys = length("language_model.norm.weight"), length("language_model.layers.0.self_attn.k_proj.bias")
+    common = math.gcd(dim, keys)
+    vision_dim, patches = length("visual.blocks.0.norm1.weight"), tensors.get("visual.patch_embed.proj.weight")
+    if patches is None or len(patches.shape) != 5:
+        raise CheckpointError(f"In {name} visual.patch_embed.proj.weight has no five dimensions.", "Fetch the file again.")
+    return {
+        "vocab_size": _rows(tensors, "language_model.embed_tokens", dim, name),
+        "hidden_size": dim,
+        "intermediate_size": _rows(tensors, "language_model.layers.0.mlp.gate_proj", dim, name),
+        "num_hidden_layers": _count(tensors, r"language_model\.layers\.(\d+)\.", name),
+        "num_attention_heads": dim // common,
+        "num_key_value_heads": keys // common,
+        "vision_config": {
+            "hidden_size": vision_dim,
+            "out_hidden_size": dim,
+            "intermediate_size": length("visual.blocks.0.mlp.gate_proj.bias"),
+            "depth": _count(tensors, r"visual\.blocks\.(\d+)\.", name),
+            "in_channels": patches.shape[1],
+            "temporal_patch_size": patches.shape[2],
+            "patch_size": patches.shape[3],
+            "spatial_merge_size": math.isqrt(length("visual.merger.mlp.0.bias") // vision_dim),
+        },
+    }
+
+
+def _rows(tensors: Mapping[str, TensorInfo], layer: str, columns: int, name: str) -> int:
+    """N of a matrix that may be packed: every layout but bitsandbytes' flat one keeps the rows as the first dimension."""
+    for suffix in ("weight", "weight_packed", "_weight_qdata", "weight._data"):
+        info = tensors.get(f"{layer}.{suffix}")
+        if info is not None and info.shape:
+            return 2 * info.values // columns if info.shape[1:] == (1,) else info.shape[0]
+    raise CheckpointError(f"In {name} {layer}.weight is missing.", "Fetch the file again.")
+
+
+def _count(tensors: Mapping[str, TensorInfo], pattern: str, name: str) -> int:
+    numbers = sorted({int(found[1]) for key in tensors if (found := re.match(pattern, key))})
+    if numbers != list(range(len(numbers))):
+        absent = sorted(set(range(numbers[-1])) - set(numbers))
+        raise CheckpointError(f"{name} lacks the blocks {absent} below {numbers[-1]}.", "Fetch the whole file again.")
+    return len(numbers)
 
 
 def text_encoder_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

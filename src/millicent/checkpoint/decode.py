@@ -1,6 +1,7 @@
 """A stored weight back to numbers: one function for each scheme of schemes.py, FP32 out.
 
-Scales are used in FP32 whatever they are stored in: rounding them to BF16 alone costs more than the codes do.
+Scales are used in FP32 whatever they are stored in: rounding them to BF16 alone costs more than the codes do. Tensors come
+in the dtypes that the file gives them, E8M0 as itself or as bytes; of GGUF's block types the bytes, (bytes,) uint8.
 """
 
 from __future__ import annotations
@@ -11,42 +12,122 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from millicent.checkpoint.layout import StoredMatrix
+from millicent.checkpoint.nunchaku import AWQ_SCHEME, is_behind_gelu
+from millicent.checkpoint.schemes import KEEPABLE, SHAPES
 from millicent.errors import CheckpointError
+from millicent.formats import gguf_blocks
+from millicent.formats.codebooks import NestedAbsmax, dequantize_4bit, dequantize_int8_rows, read_quant_state
 from millicent.formats.float_blocks import dequantize_blocks, dequantize_mxfp8, dequantize_nvfp4
+from millicent.formats.gguf_types import BLOCK_TYPES
 from millicent.formats.hadamard import DEFAULT_GROUP, largest_group, rotate
 from millicent.formats.packed import decode_int4, unpack_nibbles
+from millicent.formats.svdquant import (
+    dequantize_awq,
+    dequantize_svdq_fp4,
+    dequantize_svdq_int4,
+    restore_modulation,
+    unpack_vector,
+    unshift_bias,
+)
 
 Parts = Mapping[str, Tensor]
 Shape = tuple[int, int]
 Note = Mapping[str, Any]
 FINE_GRAINED_BLOCK = 128
-E4M3_NAN = 0x7F  # and 0xFF; e4m3 has no infinity
+# a weight that was cast to FP8 as it was stays far below; one that was scaled before reaches 448 in every row or matrix
+LEAST_SCALED_FP8 = 200.0
+# largest magnitudes of blocks or rows, which act as scales: 0 where all of them are
+_MAGNITUDES = ("SCB", "weight.absmax", "weight.nested_absmax")
+_KEPT_DTYPES = (torch.float8_e4m3fn, torch.int8)
 _FIX = "Fetch the file again, or use another quantization of this model."
 
 
+def decode_stored(layer: str, stored: StoredMatrix, parts: Parts) -> dict[str, Tensor]:
+    """What one stored matrix yields: FP32 tensors by their full parameter names.
+
+    parts: the tensors as the file holds them, by what follows "X." in their names.
+    Raises CheckpointError for a scale that is not finite or not positive, a code that is NaN, a result that is not finite.
+    """
+    if stored.scheme.name not in _PACKED_LINEARS:
+        return {stored.parameters[0]: decode_weight(layer, stored.scheme.name, parts, stored.shape, stored.note)}
+    _check_parts(layer, parts)
+    weight, bias = _PACKED_LINEARS[stored.scheme.name](layer, parts)
+    _check_result(layer, weight, stored.shape)
+    _check_result(f"{layer}.bias", bias, stored.shape[:1])
+    count = len(stored.parameters) // 2
+    return dict(zip(stored.parameters, (*weight.chunk(count), *bias.chunk(count)), strict=True))
+
+
+def read_codes(layer: str, stored: StoredMatrix, parts: Parts) -> tuple[Tensor, Tensor] | None:
+    """Codes (N, K) as they are stored, FP8 e4m3 or INT8, and FP32 scales (N, 1) or (1, 1): code * scale is the weight, exactly.
+
+    None where the matrix is stored in no such way: e5m2, rotated, with a zero point, in blocks, in 4 bits.
+    Raises CheckpointError as decode_stored does.
+    """
+    if stored.scheme.name not in KEEPABLE or stored.note.get("convrot"):
+        return None
+    codes, scale = (parts[suffix] for suffix in KEEPABLE[stored.scheme.name])
+    is_row, is_value = (SHAPES[shape](tuple(scale.shape), *stored.shape) for shape in ("one per row", "one value"))
+    has_zero_point = "_weight_zero_point" in parts and bool(parts["_weight_zero_point"].any())
+    if codes.dtype not in _KEPT_DTYPES or has_zero_point or not (is_row or is_value):
+        return None
+    _check_parts(layer, parts)
+    scales = scale.float().reshape(-1, 1)
+    if "scale_weight_tensor" in parts:
+        scales = scales * parts["scale_weight_tensor"].float().reshape(())
+    if stored.scheme.name == "bitsandbytes int8":
+        _check_row_order(parts)
+        scales = scales / 127
+    _check_result(layer, codes.float().abs().amax(1, keepdim=True) * scales, (stored.shape[0], 1))
+    return codes, scales
+
+
 def decode_weight(layer: str, scheme: str, parts: Parts, shape: Shape, note: Note | None = None) -> Tensor:
-    """The layer's weight, FP32 (N, K).
+    """The layer's weight, FP32 (N, K), of a scheme that stores nothing else.
 
     parts: the tensors as the file holds them, by what follows "X." in their names. note: ComfyUI's JSON for the layer.
     Raises CheckpointError for a scale that is not finite or not positive, a code that is NaN, a result that is not finite.
     """
-    for suffix, tensor in parts.items():
-        _check_values(f"{layer}.{suffix}", suffix, tensor)
+    _check_parts(layer, parts)
     weight = _DECODERS[scheme](parts, shape, note or {})
-    if tuple(weight.shape) != shape:
-        raise CheckpointError(f"{layer} decodes to {tuple(weight.shape)}; the network has {shape}.", _FIX)
-    if not bool(weight.isfinite().all()):
-        raise CheckpointError(f"{layer} holds values that are not finite.", _FIX)
+    _check_result(layer, weight, shape)
+    if scheme == "raw fp8":
+        _refuse_lost_scale(layer, weight)
     return weight
 
 
+def _refuse_lost_scale(layer: str, weight: Tensor) -> None:
+    largest = float(weight.abs().amax())
+    if largest >= LEAST_SCALED_FP8:
+        found = f"{layer} is FP8 without a scale and reaches {largest:g}: scaled FP8 whose scales are missing"
+        raise CheckpointError(f"{found}.", "Use a file that holds its scales.")
+
+
+def _check_parts(layer: str, parts: Parts) -> None:
+    for suffix, tensor in parts.items():
+        _check_values(f"{layer}.{suffix}", suffix, tensor)
+
+
+def _check_result(name: str, found: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(found.shape) != shape:
+        raise CheckpointError(f"{name} decodes to {tuple(found.shape)}; the network has {shape}.", _FIX)
+    if not bool(found.isfinite().all()):
+        raise CheckpointError(f"{name} holds values that are not finite.", _FIX)
+
+
 def _check_values(name: str, suffix: str, tensor: Tensor) -> None:
+    is_scale = "scale" in suffix or suffix == "alpha"
     if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         if bool(tensor.float().isnan().any()):
             raise CheckpointError(f"{name} holds codes that are no numbers.", _FIX)
-        if "scale" in suffix and bool((tensor.float() < 0).any()):
+        if is_scale and bool((tensor.float() < 0).any()):
             raise CheckpointError(f"{name} holds negative scales.", _FIX)
-    elif "scale" in suffix and tensor.is_floating_point() and tensor.element_size() > 1:
+    elif not tensor.is_floating_point() or tensor.element_size() == 1:
+        return
+    elif suffix in _MAGNITUDES and not bool((tensor.isfinite() & (tensor >= 0)).all()):
+        raise CheckpointError(f"{name} holds magnitudes that are not finite or below 0.", _FIX)
+    elif is_scale:
         # pre_quant_scale multiplies the input, where any sign is possible and zero is a pruned channel
         positive = tensor.isfinite() if suffix == "pre_quant_scale" else tensor.isfinite() & (tensor > 0)
         if not bool(positive.all()):
@@ -69,7 +150,9 @@ def _unrotated(weight: Tensor, note: Note) -> Tensor:
 def _musubi(parts: Parts, shape: Shape, note: Note) -> Tensor:
     scale = parts["scale_weight"].float()
     scale = scale * parts["scale_weight_tensor"].float().reshape(()) if "scale_weight_tensor" in parts else scale
-    return _scaled(parts["weight"], scale) if scale.numel() == shape[0] else dequantize_blocks(parts["weight"], scale, shape)
+    # by the shape: a grid may have as many scales as there are rows
+    is_row = SHAPES["one per row"](tuple(scale.shape), *shape)
+    return _scaled(parts["weight"], scale) if is_row else dequantize_blocks(parts["weight"], scale, shape)
 
 
 def _scaled_codes(parts: Parts, shape: Shape, note: Note) -> Tensor:
@@ -107,6 +190,47 @@ def _nvfp4_divided(weight: str, swizzled: bool) -> Callable[[Parts, Shape, Note]
     )
 
 
+def _nvfp4_calibrated(parts: Parts, shape: Shape, note: Note) -> Tensor:
+    """LightX2V's alpha is 1 / (input_global_scale * weight_global_scale), and the latter is not stored."""
+    global_scale = parts["alpha"].float() * parts["input_global_scale"].float().reshape(parts["alpha"].shape)
+    return dequantize_nvfp4(parts["weight"], parts["weight_scale"], global_scale, shape, high_first=False, swizzled=True)
+
+
+def _gguf(ggml_type: int) -> Callable[[Parts, Shape, Note], Tensor]:
+    return lambda parts, shape, note: gguf_blocks.dequantize(parts["weight"], ggml_type, shape)
+
+
+def _bitsandbytes_4bit(kind: str, is_nested: bool) -> Callable[[Parts, Shape, Note], Tensor]:
+    def decode(parts: Parts, shape: Shape, note: Note) -> Tensor:
+        state = read_quant_state(parts[f"weight.quant_state.bitsandbytes__{kind}"])
+        if state.quant_type != kind or state.shape != shape:
+            found = f"A quant_state named {kind} is of {state.quant_type} {state.shape}"
+            raise CheckpointError(f"{found}; the network has {shape}.", _FIX)
+        if is_nested != (state.nested_block_size is not None):
+            stored, said = ("are", "are not") if is_nested else ("are not", "are")
+            raise CheckpointError(f"A quant_state says that its scales {said} quantized, but they {stored}.", _FIX)
+        nested = None
+        if state.nested_block_size is not None and state.nested_offset is not None:
+            absmax, table = parts["weight.nested_absmax"], parts["weight.nested_quant_map"]
+            nested = NestedAbsmax(absmax, table, state.nested_offset, state.nested_block_size)
+        codes, absmax, table = parts["weight"], parts["weight.absmax"], parts["weight.quant_map"]
+        return dequantize_4bit(codes, absmax, table, shape, state.block_size, nested)
+
+    return decode
+
+
+def _check_row_order(parts: Parts) -> None:
+    """bitsandbytes once saved weights in the tile orders of its kernels: 0 is the plain one."""
+    if "weight_format" in parts and int(parts["weight_format"].reshape(())) != 0:
+        found = int(parts["weight_format"].reshape(()))
+        raise CheckpointError(f"A bitsandbytes weight has the weight_format {found}; wanted 0, by rows.", "Save it again by rows.")
+
+
+def _bitsandbytes_int8(parts: Parts, shape: Shape, note: Note) -> Tensor:
+    _check_row_order(parts)
+    return dequantize_int8_rows(parts["weight"], parts["SCB"].reshape(-1))
+
+
 def _torchao(parts: Parts, shape: Shape, note: Note) -> Tensor:
     codes = parts["_weight_qdata"].float()
     if "_weight_zero_point" in parts:
@@ -136,8 +260,46 @@ _DECODERS: dict[str, Callable[[Parts, Shape, Note], Tensor]] = {
     "nvfp4, comfy": _nvfp4(high_first=True, swizzled=True),
     "nvfp4, modelopt": _nvfp4(high_first=False, swizzled=False),
     "nvfp4, lightx2v": _nvfp4_divided("weight", swizzled=True),
+    "nvfp4, lightx2v calibrated": _nvfp4_calibrated,
     "nvfp4, compressed-tensors": _nvfp4_divided("weight_packed", swizzled=False),
     "torchao": _torchao,
     "quanto": lambda parts, shape, note: _scaled(parts["weight._data"], parts["weight._scale"]),
     "int4 convrot": _int4_convrot,
+    "bitsandbytes nf4": _bitsandbytes_4bit("nf4", is_nested=False),
+    "bitsandbytes nf4, nested": _bitsandbytes_4bit("nf4", is_nested=True),
+    "bitsandbytes fp4": _bitsandbytes_4bit("fp4", is_nested=False),
+    "bitsandbytes fp4, nested": _bitsandbytes_4bit("fp4", is_nested=True),
+    "bitsandbytes int8": _bitsandbytes_int8,
+    **{f"gguf {block.name}": _gguf(block.ggml_type) for block in BLOCK_TYPES.values() if block.values > 1},
+}
+
+
+def _svdquant_int4(layer: str, parts: Parts) -> tuple[Tensor, Tensor]:
+    low_rank = parts["proj_down"], parts["proj_up"]
+    weight = dequantize_svdq_int4(parts["qweight"], parts["wscales"], parts["smooth_factor"], *low_rank)
+    bias = unpack_vector(parts["bias"])
+    return weight, unshift_bias(bias, weight, *low_rank) if is_behind_gelu(layer) else bias
+
+
+def _svdquant_fp4(layer: str, parts: Parts) -> tuple[Tensor, Tensor]:
+    weight = dequantize_svdq_fp4(
+        parts["qweight"],
+        parts["wscales"],
+        parts["smooth_factor"],
+        parts["proj_down"],
+        parts["proj_up"],
+        parts.get("wtscale"),
+        parts.get("wcscales"),
+    )
+    return weight, unpack_vector(parts["bias"])
+
+
+# Nunchaku's linears, whose biases are stored changed too: weight (N, K), bias (N,)
+_PACKED_LINEARS: dict[str, Callable[[str, Parts], tuple[Tensor, Tensor]]] = {
+    "svdquant int4": _svdquant_int4,
+    "svdquant fp4": _svdquant_fp4,
+    "svdquant fp4, rows": _svdquant_fp4,
+    AWQ_SCHEME: lambda layer, parts: restore_modulation(
+        dequantize_awq(parts["qweight"], parts["wscales"], parts["wzeros"]), parts["bias"]
+    ),
 }

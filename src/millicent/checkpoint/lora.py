@@ -38,9 +38,9 @@ from millicent.checkpoint.lora_keys import (
     read_adapter_config,
     split_key,
 )
-from millicent.checkpoint.weights import PLAIN_DTYPES
 from millicent.errors import CheckpointError, InputError, WeightsMismatchError
 
+PLAIN_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _FIX = "Use a LoRA made for this model."
 _FETCH = "Fetch the LoRA again."
 # some trainers store alpha as an integer
@@ -132,7 +132,21 @@ def fuse_loras(module: nn.Module, loras: Sequence[tuple[Path, float]]) -> int:
     one that cannot be read, InputError for a strength that is not finite.
     """
     parameters = dict(module.named_parameters())
-    table = layer_table(module)
+    uses = read_loras(loras, parameters, layer_table(module))
+    with torch.no_grad():
+        for name, changes in uses.items():
+            layer, _, kind = name.rpartition(".")
+            setattr(module.get_submodule(layer), kind, nn.Parameter(fuse(name, changes, parameters), requires_grad=False))
+            if all(change.parameters == (name,) for change, _ in changes):
+                # nothing else is made from the old weight, and a whole model of them would not fit beside the new
+                del parameters[name]
+    return len({name.rpartition(".")[0] for name in uses})
+
+
+def read_loras(
+    loras: Sequence[tuple[Path, float]], parameters: Mapping[str, Tensor], table: Mapping[str, tuple[str, ...]]
+) -> dict[str, list[tuple[Change, float]]]:
+    """What files, each with its strength, do to each parameter that they change; arguments and errors as fuse_loras, read_lora."""
     uses: dict[str, list[tuple[Change, float]]] = defaultdict(list)
     # a sum of floats depends on its order in the last bit
     for path, strength in sorted(loras):
@@ -141,17 +155,10 @@ def fuse_loras(module: nn.Module, loras: Sequence[tuple[Path, float]]) -> int:
         for change in read_lora(path, parameters, table):
             for name in change.parameters if strength else ():
                 uses[name].append((change, strength))
-    with torch.no_grad():
-        for name, changes in uses.items():
-            layer, _, kind = name.rpartition(".")
-            setattr(module.get_submodule(layer), kind, nn.Parameter(_fuse(name, changes, parameters), requires_grad=False))
-            if all(change.parameters == (name,) for change, _ in changes):
-                # nothing else is made from the old weight, and a whole model of them would not fit beside the new
-                del parameters[name]
-    return len({name.rpartition(".")[0] for name in uses})
+    return dict(uses)
 
 
-def _fuse(name: str, changes: Sequence[tuple[Change, float]], parameters: Mapping[str, Tensor]) -> Tensor:
+def fuse(name: str, changes: Sequence[tuple[Change, float]], parameters: Mapping[str, Tensor]) -> Tensor:
     """The new value of one parameter, a new tensor: the old one may be mapped from its file."""
     old = parameters[name]
     fused = torch.zeros_like(old, dtype=torch.float32)

@@ -93,11 +93,17 @@ def _peft_spelling(adapter: str | None) -> str:
 
 
 def layer_table(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every name that a file may give a layer of a module; layers are the modules that own a weight."""
+    return name_table(
+        [name for name, layer in module.named_modules() if name and "weight" in dict(layer.named_parameters(recurse=False))]
+    )
+
+
+def name_table(names: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Every name that a file may give a layer -> the layers it stands for: one, or three where a file has them fused.
 
-    Layers are the modules that own a weight. A flattened name that two layers share stands for neither.
+    names: of all layers. A flattened name that two layers share stands for neither.
     """
-    names = [name for name, layer in module.named_modules() if name and "weight" in dict(layer.named_parameters(recurse=False))]
     targets = {name: (name,) for name in names} | _fused(names)
     table = {prefix + name: layers for name, layers in targets.items() for prefix in DOTTED_PREFIXES}
     flat_names = [name.replace(".", "_") for name in targets]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from millicent.checkpoint.header import Header
-from millicent.checkpoint.source import Source
+from millicent.checkpoint.source import Source, read_together
 from millicent.errors import CheckpointError
 
 COMFY_NOTE = ".comfy_quant"
@@ -36,6 +36,10 @@ FOREIGN_ENDINGS = {
     ".W_q": "HQQ",
     ".svd_up": "SDNQ",
 }
+
+
+# in a checkpoint that holds everything, the notes of these are not the transformer's
+OTHER_PARTS = ("text_encoders.", "vae.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +94,22 @@ def _metadata_notes(header: Header, prefix: str) -> dict[str, Mapping[str, Any]]
         raise _broken(header, COMFY_METADATA)
     notes = {}
     for name, note in layers.items():
+        if name.startswith(OTHER_PARTS):
+            continue
         bare = name.removeprefix("model.diffusion_model.").removeprefix(prefix)
         notes[bare] = _flatten({"format": note} if isinstance(note, str) else note, header, name)
     return notes
 
 
 def _tensor_notes(header: Header, source: Source, prefix: str) -> dict[str, Mapping[str, Any]]:
-    notes = {}
-    for key, info in header.tensors.items():
-        if not key.endswith(COMFY_NOTE):
-            continue
+    places = {key: info for key, info in header.tensors.items() if key.endswith(COMFY_NOTE) and key.startswith(prefix)}
+    for key, info in places.items():
         if info.end - info.begin > MAX_NOTE_BYTES:
             raise _broken(header, key)
-        text = source.read(info.begin, info.end).rstrip(b"\0").decode("utf-8", "replace")
+    texts = read_together(source, {key: (info.begin, info.end) for key, info in places.items()})
+    notes = {}
+    for key, data in texts.items():
+        text = data.rstrip(b"\0").decode("utf-8", "replace")
         notes[key.removeprefix(prefix).removesuffix(COMFY_NOTE)] = _flatten(_parse(header, key, text), header, key)
     return notes
 

@@ -5,6 +5,7 @@ layer has a scheme only if each of them is there, fits, and nothing else is. Sev
 same from ComfyUI and from ModelOpt. Then the file's maker decides, and without a maker nobody does.
 
 Every scale multiplies, except weight_global_scale, which divides. N, K: the matrix's rows and columns, never the stored ones.
+In a GGUF file a dtype is ggml's name of the type, and the shape the tensor's own; elsewhere they are safetensors'.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from millicent.checkpoint.header import TensorInfo
+from millicent.formats.gguf_types import BLOCK_TYPES
 
 Shape = tuple[int, ...]
 
@@ -21,6 +23,7 @@ FP8 = ("F8_E4M3", "F8_E5M2")
 E4M3_BYTES = ("F8_E4M3", "U8")
 E8M0_BYTES = ("F8_E8M0", "U8")
 BYTES = ("U8", "I8")
+HALVES = ("BF16", "F16")
 
 
 def round_up(count: int, multiple: int) -> int:
@@ -33,6 +36,20 @@ def _is_grid(shape: Shape, n: int, k: int) -> bool:
     return shape != (1, 1) and any(shape == (-(-n // size), -(-k // size)) for size in sizes)
 
 
+def _is_one_per_block(shape: Shape, n: int, k: int) -> bool:
+    """bitsandbytes' blocks run on from one row into the next, the last one cut off."""
+    return len(shape) == 1 and any(shape == (-(-n * k // (1 << power)),) for power in range(5, 13))
+
+
+def _is_svdquant(n: int, k: int) -> bool:
+    """Nunchaku's tensors hold whole tiles of 128 x 128; their shapes say nothing of the order inside."""
+    return n % 128 == 0 and k % 128 == 0
+
+
+def _is_low_rank(shape: Shape, side: int) -> bool:
+    return len(shape) == 2 and shape[0] == side and shape[1] > 0 and shape[1] % 16 == 0
+
+
 def _is_row_blocks(shape: Shape, n: int, k: int) -> bool:
     return len(shape) in (2, 3) and shape[0] == n and 1 < shape[1] < k and k % shape[1] == 0 and shape[2:] in ((), (1,))
 
@@ -42,6 +59,9 @@ SHAPES: dict[str, Callable[[Shape, int, int], bool]] = {
     "(N, K)": lambda shape, n, k: shape == (n, k),
     "(N, K/2)": lambda shape, n, k: k % 2 == 0 and shape == (n, k // 2),
     "(K,)": lambda shape, n, k: shape == (k,),
+    "(N,)": lambda shape, n, k: shape == (n,),
+    "(N, K), K by 32": lambda shape, n, k: shape == (n, k) and k % 32 == 0,
+    "(N, K), K by 256": lambda shape, n, k: shape == (n, k) and k % 256 == 0,
     "one value": lambda shape, n, k: shape in ((), (1,), (1, 1)),
     "one per row": lambda shape, n, k: shape in ((n,), (n, 1), (n, 1, 1)),
     "a grid": _is_grid,
@@ -53,6 +73,16 @@ SHAPES: dict[str, Callable[[Shape, int, int], bool]] = {
     "mxfp8 scales, plain": lambda shape, n, k: shape in {(rows, -(-k // 32)) for rows in (n, round_up(n, 32))},
     "mxfp8 scales, swizzled": lambda shape, n, k: shape == (round_up(n, 128), round_up(-(-k // 32), 4)),
     "half the values": lambda shape, n, k: shape in ((-(-n * k // 2), 1), (-(-n * k // 2),)),
+    "one per block": _is_one_per_block,
+    "16 values": lambda shape, n, k: shape == (16,),
+    "256 values": lambda shape, n, k: shape == (256,),
+    "svdquant codes": lambda shape, n, k: _is_svdquant(n, k) and shape == (n, k // 2),
+    "(K/64, N)": lambda shape, n, k: k % 64 == 0 and shape == (k // 64, n),
+    "(K/16, N)": lambda shape, n, k: k % 16 == 0 and shape == (k // 16, n),
+    "(K, rank)": lambda shape, n, k: _is_low_rank(shape, k),
+    "(N, rank)": lambda shape, n, k: _is_low_rank(shape, n),
+    "awq codes": lambda shape, n, k: n % 4 == 0 and k % 64 == 0 and shape == (n // 4, k // 2),
+    "one dimension": lambda shape, n, k: len(shape) == 1,
     "any": lambda shape, n, k: True,
 }
 
@@ -91,6 +121,57 @@ _STATIC_INPUT = {"input_scale": _VALUE, **_COMFY_NOTE}
 _NVFP4_CODES = Wanted(BYTES, ("nvfp4 codes",))
 _PRE_SCALE = {"pre_quant_scale": Wanted(FLOATS, ("(K,)",))}
 _BLOCKS = Wanted(FLOATS, ("a grid", "blocks of a row"))
+_NVFP4_SWIZZLED = {"weight": _NVFP4_CODES, "weight_scale": Wanted(E4M3_BYTES, ("nvfp4 scales, swizzled",))}
+_ABSMAX_RECORD = {"input_absmax": Wanted(FLOATS, ("any",))}
+
+
+def _bitsandbytes(kind: str, nested: bool) -> Scheme:
+    """nf4 or fp4. nested: the scales are codes themselves, and have scales and a table of their own."""
+    needed = {
+        "weight": Wanted(("U8",), ("half the values",)),
+        "weight.absmax": Wanted(("U8",) if nested else ("F32",), ("one per block",)),
+        "weight.quant_map": Wanted(("F32",), ("16 values",)),
+        f"weight.quant_state.bitsandbytes__{kind}": Wanted(("U8",), ("one dimension",)),
+    }
+    if nested:
+        needed["weight.nested_absmax"] = Wanted(("F32",), ("one dimension",))
+        needed["weight.nested_quant_map"] = Wanted(("F32",), ("256 values",))
+    return Scheme(f"bitsandbytes {kind}{', nested' if nested else ''}", kind, needed)
+
+
+def _svdquant(name: str, number_format: str, scales: Mapping[str, Wanted], optional: Mapping[str, Wanted]) -> Scheme:
+    """A linear of Nunchaku's, its bias in the order of its codes. smooth_factor_orig is a record."""
+    needed = {
+        **scales,
+        "qweight": Wanted(("I8",), ("svdquant codes",)),
+        "smooth_factor": Wanted(HALVES, ("(K,)",)),
+        "proj_down": Wanted(HALVES, ("(K, rank)",)),
+        "proj_up": Wanted(HALVES, ("(N, rank)",)),
+        "bias": Wanted(HALVES, ("(N,)",)),
+    }
+    return Scheme(name, number_format, needed, {"smooth_factor_orig": Wanted(HALVES, ("(K,)",)), **optional})
+
+
+_AWQ_GROUPS = Wanted(HALVES, ("(K/64, N)",))
+_FP4_SCALES = {"wscales": Wanted(("F8_E4M3",), ("(K/16, N)",))}
+_OUTER_VALUE = {"wtscale": Wanted(FLOATS, ("one value",))}
+_OUTER_ROWS = {"wcscales": Wanted(HALVES, ("(N,)",))}
+_NUNCHAKU = (
+    _svdquant("svdquant int4", "int4", {"wscales": _AWQ_GROUPS}, {}),
+    _svdquant("svdquant fp4", "nvfp4", _FP4_SCALES | _OUTER_VALUE, _OUTER_ROWS),
+    # DeepCompressor writes one scale for all, or one for each row where several linears are fused
+    _svdquant("svdquant fp4, rows", "nvfp4", _FP4_SCALES | _OUTER_ROWS, {}),
+    Scheme(
+        "nunchaku awq",
+        "int4",
+        {
+            "qweight": Wanted(("I32",), ("awq codes",)),
+            "wscales": _AWQ_GROUPS,
+            "wzeros": _AWQ_GROUPS,
+            "bias": Wanted(FLOATS, ("(N,)",)),
+        },
+    ),
+)
 
 SCHEMES = (
     Scheme("plain", "bf16", {"weight": Wanted((*FLOATS, "F64"), ("(N, K)",))}),
@@ -108,7 +189,7 @@ SCHEMES = (
     Scheme("fine-grained fp8", "fp8", {"weight": _MATRIX_FP8, "weight_scale_inv": Wanted(FLOATS, ("a grid", "one value"))}),
     Scheme("int8 per tensor", "int8", {"weight": _MATRIX_INT8, "weight_scale": _VALUE}, _STATIC_INPUT),
     Scheme("int8 per row", "int8", {"weight": _MATRIX_INT8, "weight_scale": _ROW}, _STATIC_INPUT),
-    Scheme("int8 blocks", "int8", {"weight": _MATRIX_INT8, "weight_scale": _BLOCKS}, _COMFY_NOTE),
+    Scheme("int8 blocks", "int8", {"weight": _MATRIX_INT8, "weight_scale": _BLOCKS}, _STATIC_INPUT),
     Scheme(
         "mxfp8, swizzled",
         "mxfp8",
@@ -125,7 +206,7 @@ SCHEMES = (
     Scheme(
         "nvfp4, comfy",
         "nvfp4",
-        {"weight": _NVFP4_CODES, "weight_scale": Wanted(E4M3_BYTES, ("nvfp4 scales, swizzled",)), "weight_scale_2": _VALUE},
+        {**_NVFP4_SWIZZLED, "weight_scale_2": _VALUE},
         {**_STATIC_INPUT, **_PRE_SCALE},
         makers=("comfy",),
     ),
@@ -139,8 +220,14 @@ SCHEMES = (
     Scheme(
         "nvfp4, lightx2v",
         "nvfp4",
-        {"weight": _NVFP4_CODES, "weight_scale": Wanted(E4M3_BYTES, ("nvfp4 scales, swizzled",)), "weight_global_scale": _VALUE},
-        {"input_global_scale": _VALUE, "input_absmax": Wanted(FLOATS, ("any",)), "alpha": _VALUE},
+        {**_NVFP4_SWIZZLED, "weight_global_scale": _VALUE},
+        {"input_global_scale": _VALUE, "alpha": _VALUE, **_ABSMAX_RECORD},
+    ),
+    Scheme(
+        "nvfp4, lightx2v calibrated",
+        "nvfp4",
+        {**_NVFP4_SWIZZLED, "input_global_scale": _VALUE, "alpha": _VALUE},
+        _ABSMAX_RECORD,
     ),
     Scheme(
         "nvfp4, compressed-tensors",
@@ -158,26 +245,12 @@ SCHEMES = (
         {"_weight_qdata": Wanted((*FP8, "I8"), ("(N, K)",)), "_weight_scale": Wanted(FLOATS, ("one per row", "one value"))},
         {"_weight_zero_point": Wanted(("I8",), ("one per row", "one value"))},
     ),
-    Scheme(
-        "bitsandbytes 4-bit",
-        "nf4 or fp4",
-        {
-            "weight": Wanted(("U8",), ("half the values",)),
-            "weight.absmax": Wanted((*FLOATS, "U8"), ("any",)),
-            "weight.quant_map": Wanted(("F32",), ("any",)),
-        },
-        {
-            "weight.nested_absmax": Wanted(("F32",), ("any",)),
-            "weight.nested_quant_map": Wanted(("F32",), ("any",)),
-            "weight.quant_state.bitsandbytes__nf4": Wanted(("U8",), ("any",)),
-            "weight.quant_state.bitsandbytes__fp4": Wanted(("U8",), ("any",)),
-        },
-    ),
+    *(_bitsandbytes(kind, nested) for kind in ("nf4", "fp4") for nested in (False, True)),
     Scheme(
         "bitsandbytes int8",
         "int8",
         {"weight": _MATRIX_INT8, "SCB": Wanted(("F32",), ("one per row",))},
-        {"weight_format": Wanted(("U8", "I8", "I64"), ("any",))},
+        {"weight_format": Wanted(("U8", "I8", "I64"), ("one value",))},
     ),
     Scheme(
         "quanto",
@@ -186,10 +259,55 @@ SCHEMES = (
         {"input_scale": _VALUE, "output_scale": _VALUE},
     ),
     Scheme(
-        "int4 convrot", "int4", {"weight": Wanted(("I8",), ("(N, K/2)",)), "weight_scale": _ROW, **_COMFY_NOTE}, makers=("comfy",)
+        "int4 convrot", "int4", {"weight": Wanted(("I8",), ("(N, K/2)",)), "weight_scale": _ROW}, _COMFY_NOTE, makers=("comfy",)
+    ),
+    *_NUNCHAKU,
+    *(
+        Scheme(f"gguf {block.name}", block.name.lower(), {"weight": Wanted((block.name,), (f"(N, K), K by {block.values}",))})
+        for block in BLOCK_TYPES.values()
+        if block.values > 1
     ),
 )
 BY_NAME = {scheme.name: scheme for scheme in SCHEMES}
+# schemes that may hold FP8 or INT8 codes with one scale or one for each row, which are formats of ours too: where both stand
+KEEPABLE = {
+    "comfy scaled fp8": ("weight", "scale_weight"),
+    "musubi scaled fp8": ("weight", "scale_weight"),
+    "fp8 per tensor": ("weight", "weight_scale"),
+    "fp8 per row": ("weight", "weight_scale"),
+    "int8 per tensor": ("weight", "weight_scale"),
+    "int8 per row": ("weight", "weight_scale"),
+    "torchao": ("_weight_qdata", "_weight_scale"),
+    "bitsandbytes int8": ("weight", "SCB"),
+    "quanto": ("weight._data", "weight._scale"),
+}
+# tensors that identify a layout which this version does not read, by the last piece of their names
+FOREIGN_PARTS = {
+    "weight_s_rel": "comfy-kitchen's asym_w4a8_int8",
+    "weight_s_channel": "comfy-kitchen's asym_w4a8_int8",
+    "weight_codebook": "comfy-kitchen's asym_w4a8_int8",
+    "weight_correction": "comfy-kitchen's asym_w4a8_int8",
+    "weight_zeros": "comfy-kitchen's awq_w4a16",
+    "weight_proj_down": "comfy-kitchen's svdquant_w4a4",
+    "weight_proj_up": "comfy-kitchen's svdquant_w4a4",
+    "weight_smooth_factor": "comfy-kitchen's svdquant_w4a4",
+    "svdquant_lora_a": "ModelOpt's NVFP4 SVDQuant",
+    "svdquant_lora_b": "ModelOpt's NVFP4 SVDQuant",
+    "_amax": "ModelOpt's fake quantization",
+    "weight_shape": "compressed-tensors' pack-quantized",
+    "weight_zero_point": "compressed-tensors' asymmetric quantization",
+    "_shift": "quanto's int4 or int2",
+    "svd_up": "SDNQ",
+    "svd_down": "SDNQ",
+    "zero_point": "SDNQ",
+    "qzeros": "GPTQ or AWQ",
+    "g_idx": "GPTQ",
+    "W_q": "HQQ",
+    "encoded_exponent": "DFloat11",
+    "sign_mantissa": "DFloat11",
+    "scales": "MLX, GPTQ or AWQ",
+    "biases": "MLX",
+}
 
 
 def fitting_schemes(parts: Mapping[str, TensorInfo], shape: tuple[int, int]) -> tuple[Scheme, ...]:
@@ -202,6 +320,12 @@ def _fits(scheme: Scheme, parts: Mapping[str, TensorInfo], shape: tuple[int, int
     if not scheme.needed.keys() <= parts.keys() <= wanted.keys():
         return False
     return all(wanted[suffix].fits(info, *shape) for suffix, info in parts.items())
+
+
+def foreign_layout(parts: Mapping[str, TensorInfo]) -> str | None:
+    """The layout that one of a layer's tensors identifies and this version does not read."""
+    last_pieces = (suffix.rsplit(".", 1)[-1] for suffix in parts)
+    return next((FOREIGN_PARTS[piece] for piece in last_pieces if piece in FOREIGN_PARTS), None)
 
 
 def near_misses(parts: Mapping[str, TensorInfo], shape: tuple[int, int]) -> list[str]:

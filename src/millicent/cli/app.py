@@ -9,6 +9,8 @@ import typer
 
 import millicent
 from millicent.cli.edit import edit
+from millicent.cli.inspect import inspect
+from millicent.cli.pull import pull
 from millicent.errors import MillicentError
 
 app = typer.Typer(
@@ -33,6 +35,8 @@ def options(
 
 
 app.command()(edit)
+app.command()(inspect)
+app.command()(pull)
 
 
 def main() -> None:

@@ -44,6 +44,18 @@ def edit(
         list[Path] | None, typer.Option("--image", metavar="<file>", help="One more reference picture. Repeatable.")
     ] = None,
     model: Annotated[str, typer.Option(help="demo, demo-base, or a diffusers-layout folder.")] = "demo",
+    transformer: Annotated[
+        Path | None,
+        typer.Option("--transformer", help="A transformer in place of the model's, in any layout that inspect says loads."),
+    ] = None,
+    text_encoder: Annotated[Path | None, typer.Option("--text-encoder", help="A text encoder in place of the model's.")] = None,
+    vae: Annotated[Path | None, typer.Option("--vae", help="A VAE in place of the model's.")] = None,
+    distilled: Annotated[
+        int | None,
+        typer.Option(
+            "--distilled", help="How many steps the transformer is distilled for, where its name leaves a doubt; 0 for none."
+        ),
+    ] = None,
     loras: Annotated[
         list[str] | None,
         typer.Option("--lora", metavar="<file[:strength]>", help="A LoRA to add, as in style.safetensors:0.8. Repeatable."),
@@ -94,9 +106,20 @@ def edit(
         variants=variants,
     )
     with progress_bar(shown=not quiet and sys.stderr.isatty()) as on_progress:
-        result = Editor.open(model, loras=chosen_loras, device=device).edit(request, on_progress)
+        editor = Editor.open(
+            model,
+            transformer=transformer,
+            text_encoder=text_encoder,
+            vae=vae,
+            loras=chosen_loras,
+            distilled_steps=distilled,
+            device=device,
+        )
+        result = editor.edit(request, on_progress)
     pictures = [with_alpha(drawn, sources[-1].image, request) for drawn in result.images] if alpha == "keep" else result.images
-    records = [{**describe(request, result, variant, sources), "loras": loras or []} for variant in range(variants)]
+    stand_ins = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+    files = {"loras": loras or [], "files": {part: str(file) for part, file in stand_ins.items() if file is not None}}
+    records = [{**describe(request, result, variant, sources), **files} for variant in range(variants)]
     if out == STDIO:
         sys.stdout.buffer.write(encode_image(pictures[0], "PNG", records[0]))
         return

@@ -21,6 +21,7 @@ from millicent.errors import IncompleteModelError, MissingExtraError, ModelNotFo
 from millicent.facts.models import ModelCard, find_card, read_card
 
 if TYPE_CHECKING:
+    from millicent.checkpoint.recognize import Network
     from millicent.engine.loading import Model
 
 DEMO_NAMES = ("demo", "demo-base")
@@ -39,16 +40,28 @@ class Editor:
 
     @classmethod
     def open(
-        cls, model: str | Path, *, loras: Sequence[tuple[str | Path, float]] = (), device: str = "auto", dtype: str = "auto"
+        cls,
+        model: str | Path,
+        *,
+        transformer: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
+        distilled_steps: int | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
     ) -> Self:
         """Load a model whole.
 
         model: "demo", "demo-base" (the demo without its 4-step LoRA) or a diffusers-layout folder.
+        transformer, text_encoder, vae: files or folders, in any layout that `millicent inspect` says is loaded, that stand in for
+        the model's own; the folder still says which model it is.
         loras: LoRA files, each with its strength, 1.0 being the whole of it. A Lightning LoRA brings its schedule along.
+        distilled_steps: for a transformer whose name speaks of Lightning or of steps, how many it draws in; 0 if it is none.
         device: "auto" (the GPU where there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (BF16 on a GPU, FP32 on a CPU), "bf16" or "fp32".
-        Raises ModelNotFoundError, IncompleteModelError, WeightsMismatchError, CheckpointError, MissingExtraError,
-        InputNotFoundError for a LoRA that is not there.
+        Raises ModelNotFoundError, IncompleteModelError, WeightsMismatchError, CheckpointError, MissingExtraError, MachineError for
+        too little memory, InputNotFoundError for a file that is not there.
         """
         name, folder, card = find_model(model)
         try:
@@ -61,8 +74,17 @@ class Editor:
                 'Run: pip install "millicent[engine]"',
             ) from error
         place = loading.choose_device(device)
-        files = [(Path(lora), strength) for lora, strength in loras]
-        return cls(name, loading.load_model(folder, card, place, loading.choose_dtype(dtype, place), files))
+        stand_ins: dict[Network, str | Path | None] = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+        loaded = loading.load_model(
+            folder,
+            card,
+            place,
+            loading.choose_dtype(dtype, place),
+            [(Path(lora), strength) for lora, strength in loras],
+            {network: Path(file) for network, file in stand_ins.items() if file is not None},
+            distilled_steps,
+        )
+        return cls(name, loaded)
 
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> EditResult:
         """Draw every variant of a request. Raises InputError and its kinds for what this model cannot draw."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from millicent.checkpoint.fingerprint import weights_sha256
-from millicent.checkpoint.folder import find_weight_files, open_folder, read_json
-from millicent.checkpoint.lora import fuse_loras, lightning_steps
-from millicent.checkpoint.weights import load_weights, read_weights
+from millicent.checkpoint.folder import open_folder, read_json
+from millicent.checkpoint.load import fill, load_network, read_parameters
+from millicent.checkpoint.lora import fuse_loras
+from millicent.checkpoint.recognize import Network
+from millicent.engine.parts import NETWORKS, FoundPart, check_memory, find_part, fused_steps, with_distillation
 from millicent.engine.sampler import BaseSchedule
-from millicent.errors import CheckpointError, IncompleteModelError, InputError, InputNotFoundError, MachineError
+from millicent.errors import CheckpointError, IncompleteModelError, InputError, MachineError
 from millicent.facts.models import ModelCard
 from millicent.model import text_encoder, vae
 from millicent.model.config import MMDiTConfig, VAEConfig
@@ -47,12 +49,20 @@ class Model:
 
 
 def load_model(
-    path: Path, card: ModelCard, device: torch.device, dtype: torch.dtype, loras: Sequence[tuple[Path, float]] = ()
+    path: Path,
+    card: ModelCard,
+    device: torch.device,
+    dtype: torch.dtype,
+    loras: Sequence[tuple[Path, float]] = (),
+    files: Mapping[Network, Path] = MappingProxyType({}),
+    distilled_steps: int | None = None,
 ) -> Model:
     """Load every part of a diffusers-layout folder; fuse the card's LoRA and `loras`, each with its strength.
 
-    A Lightning LoRA among `loras` changes the card: it brings its steps and its schedule, and guidance is off.
-    Raises CheckpointError and its kinds, InputNotFoundError for a LoRA that is not there.
+    files: stand in for a part of the folder, in any layout; the folder says which model they are. A Lightning LoRA among
+    `loras`, or distillation in a transformer file, changes the card: it brings its steps and schedule, and guidance is off.
+    distilled_steps: how many a transformer is distilled for whose name speaks of it, 0 for none.
+    Raises CheckpointError and its kinds, InputNotFoundError for a LoRA that is not there, MachineError for too little memory.
     """
     folder = open_folder(path)
     if folder.pipeline != card.pipeline:
@@ -60,40 +70,31 @@ def load_model(
             f"{path} is a folder for {folder.pipeline}; the card {card.name} is for {card.pipeline}.",
             "Correct the card.",
         )
-    files = {part: find_weight_files(path / part) for part in ("transformer", "vae", "text_encoder")}
-    own = [] if card.lora is None else [_find_lora(path, card.lora)]
-    card = _with_lightning(card, own, loras)
-    mmdit = _load_mmdit(path / "transformer", files["transformer"], dtype)
+    parts = {network: find_part(network, path / network, files.get(network), path) for network in NETWORKS}
+    transformer = parts["transformer"]
+    fused = fused_steps(transformer.distilled, distilled_steps)
+    own = [] if card.lora is None or fused else [_find_lora(path, card.lora)]
+    card = with_distillation(card, fused, own, loras)
+    keep_codes = not own and not loras
+    check_memory([parts[network] for network in NETWORKS], keep_codes, dtype, device)
+    mmdit = _load_mmdit(path / "transformer", transformer, dtype, keep_codes)
     if own or loras:
         fuse_loras(mmdit, [*((lora, 1.0) for lora in own), *loras])
     return Model(
         card=card,
         mmdit=mmdit.to(device),
-        vae=_load_vae(path / "vae", files["vae"], dtype).to(device),
-        text_encoder=_load_text_encoder(path, files["text_encoder"], card, device, dtype),
+        vae=_load_vae(path / "vae", parts["vae"], dtype).to(device),
+        text_encoder=_load_text_encoder(path, parts["text_encoder"], card, device, dtype),
         schedule=BaseSchedule.from_dict(read_json(path / "scheduler" / "scheduler_config.json")),
         device=device,
         dtype=dtype,
-        weights_sha256=weights_sha256(path, [*(f for part in files.values() for f in part), *own], loras),
+        weights_sha256=weights_sha256(
+            path,
+            [*(f for network in NETWORKS if network not in files for f in parts[network].paths), *own],
+            loras,
+            [(network, f) for network in files for f in parts[network].paths],
+        ),
     )
-
-
-def _with_lightning(card: ModelCard, own: Sequence[Path], loras: Sequence[tuple[Path, float]]) -> ModelCard:
-    """The card, as a Lightning LoRA among `loras` wants the model to be used."""
-    for lora, _ in loras:
-        if not lora.is_file():
-            raise InputNotFoundError(f"There is no LoRA {lora}.", "Check the path.")
-    brought = [(lora, steps) for lora, _ in loras if (steps := lightning_steps(lora))]
-    distilled = [*(lora for lora in own if lightning_steps(lora)), *(lora for lora, _ in brought)]
-    if len(distilled) > 1:
-        names = " and ".join(lora.name for lora in distilled)
-        raise CheckpointError(
-            f"{names} are both Lightning LoRAs; one alone makes a model draw in few steps, two ruin it.",
-            "Leave one out; the demo without its own is demo-base.",
-        )
-    if not brought:
-        return card
-    return dataclasses.replace(card, steps=brought[0][1], schedule="lightning", true_cfg=1.0)
 
 
 def _find_lora(path: Path, name: str) -> Path:
@@ -104,28 +105,29 @@ def _find_lora(path: Path, name: str) -> Path:
     return path / name
 
 
-def _load_mmdit(part: Path, files: list[Path], dtype: torch.dtype) -> MMDiT:
+def _load_mmdit(part: Path, found: FoundPart, dtype: torch.dtype, keep_codes: bool) -> MMDiT:
     config = MMDiTConfig.from_dict(read_json(part / "config.json"))
     with torch.device("meta"):
         mmdit = MMDiT(config)
-    load_weights(mmdit, read_weights(files, dtype), part)
+    load_network(mmdit, found.component, found.source, dtype, keep_codes)
     return mmdit.eval()
 
 
-def _load_vae(part: Path, files: list[Path], dtype: torch.dtype) -> VAE:
+def _load_vae(part: Path, found: FoundPart, dtype: torch.dtype) -> VAE:
     config = VAEConfig.from_dict(read_json(part / "config.json"))
     with torch.device("meta"):
         network = VAE(config)
-    load_weights(network, vae.convert_state(read_weights(files, dtype)), part)
+    state = {key: tensor.to(dtype) for key, tensor in read_parameters(found.component, found.source)}
+    fill(network, vae.convert_state(state), found.source.name)
     return network.eval()
 
 
-def _load_text_encoder(path: Path, files: list[Path], card: ModelCard, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+def _load_text_encoder(path: Path, found: FoundPart, card: ModelCard, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     part = path / "text_encoder"
     tokenizer = text_encoder.read_tokenizer(path / "tokenizer")
     image_processor = text_encoder.read_image_processor(path / "processor")
     network: nn.Module = text_encoder.build_network(read_json(part / "config.json"))
-    load_weights(network, text_encoder.convert_state(read_weights(files, dtype)), part)
+    load_network(network, found.component, found.source, dtype, keep_codes=True)
     return TextEncoder(
         network.to(device),
         tokenizer,

@@ -198,8 +198,8 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.img_mod = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.txt_mod = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.img_mod: nn.Module = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.txt_mod: nn.Module = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.attn = JointAttention(dim, heads)
         self.img_mlp = MLP(dim)
         self.txt_mlp = MLP(dim)
@@ -228,5 +228,10 @@ class FinalNorm(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         """x (B, tokens, D), vec (B, 1, D)."""
-        scale, shift = self.linear(F.silu(vec)).chunk(2, -1)
+        scale, shift = self.modulation(vec).chunk(2, -1)
         return F.layer_norm(x, (x.shape[-1],), eps=NORM_EPS) * (1 + scale) + shift
+
+    def modulation(self, vec: Tensor) -> Tensor:
+        """vec (B, 1, D) -> scale and shift in one, (B, 1, 2D)."""
+        vectors: Tensor = self.linear(F.silu(vec))
+        return vectors

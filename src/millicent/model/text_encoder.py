@@ -167,17 +167,6 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def convert_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names as the hub's files have them, or as transformers has them in memory -> the network's own; no LM head."""
-    return {rename_key(key): tensor for key, tensor in state.items() if not key.startswith("lm_head.")}
-
-
-def rename_key(key: str) -> str:
-    """`model.layers.0.…` and `model.language_model.layers.0.…` -> `language_model.layers.0.…`; likewise `visual.`."""
-    key = key.removeprefix("model.")
-    return key if key.startswith(("language_model.", "visual.")) else f"language_model.{key}"
-
-
 def read_tokenizer(folder: Path) -> Qwen2Tokenizer:
     """Read a tokenizer folder. Raises IncompleteModelError where transformers would make an empty tokenizer."""
     if not (folder / "tokenizer.json").is_file():

@@ -1,0 +1,147 @@
+"""The parts of a model before they are loaded: which files they come from, and whether they belong together and fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from millicent.checkpoint.canary import compare_with_base, decide_by_base
+from millicent.checkpoint.files import JoinedSource
+from millicent.checkpoint.folder import read_json
+from millicent.checkpoint.lora import lightning_steps
+from millicent.checkpoint.recognize import Component, Distilled, Network, Recognized, recognize
+from millicent.checkpoint.schemes import KEEPABLE
+from millicent.errors import CheckpointError, IncompleteModelError, InputNotFoundError, MachineError
+from millicent.facts.models import ModelCard
+
+NETWORKS: tuple[Network, ...] = ("transformer", "vae", "text_encoder")
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPart:
+    component: Component
+    source: JoinedSource
+    distilled: Distilled | None
+
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(file.name) for file in self.source.files]
+
+
+def find_part(network: Network, folder: Path, file: Path | None, model: Path) -> FoundPart:
+    """Recognize the part of a model folder, or the file that stands in for it.
+
+    A file's weights are compared with the folder's own, where the folder has them plain: then a layout that was read wrongly shows.
+    Raises CheckpointError and its kinds.
+    """
+    if file is None:
+        recognized = recognize(folder)
+        return FoundPart(_only(recognized, network), recognized.source, recognized.distilled)
+    base = _plain_base(folder, network)
+    decide = None if base is None else decide_by_base(file, base.components[network], base.source)
+    recognized = recognize(file, decide=decide)
+    component = _only(recognized, network)
+    if network == "transformer":
+        _check_variant(component, recognized.name, model)
+    if base is not None and component.layout is not None:
+        compare_with_base(component, recognized.source, base.components[network], base.source)
+    return FoundPart(component, recognized.source, recognized.distilled)
+
+
+def _only(recognized: Recognized, network: Network) -> Component:
+    if network not in recognized.components:
+        what = recognized.part.replace("_", " ")
+        raise CheckpointError(f"{recognized.name} is a {what}, not a {network.replace('_', ' ')}.", "Give a file that is one.")
+    return recognized.components[network]
+
+
+def _plain_base(folder: Path, network: Network) -> Recognized | None:
+    """The folder's own weights, if it has any and they are plain; a folder may be there for its configs alone."""
+    try:
+        base = recognize(folder)
+    except IncompleteModelError:
+        return None
+    layout = base.components[network].layout if network in base.components else None
+    return base if layout is not None and set(layout.schemes) == {"plain"} else None
+
+
+def _check_variant(component: Component, name: str, model: Path) -> None:
+    said = bool(read_json(model / "transformer" / "config.json").get("zero_cond_t", False))
+    if component.zero_cond_t is not None and component.zero_cond_t != said:
+        kinds = {True: "Qwen-Image-Edit-2511", False: "Qwen-Image-Edit or -2509"}
+        raise CheckpointError(
+            f"{name} says that it is {kinds[component.zero_cond_t]}; {model} is {kinds[said]}.", "Use the folder of the same model."
+        )
+
+
+def with_distillation(card: ModelCard, fused: int | None, own: Sequence[Path], loras: Sequence[tuple[Path, float]]) -> ModelCard:
+    """The card, as a distilled transformer (of `fused` steps) or a Lightning LoRA wants the model to be used.
+
+    Raises CheckpointError for more than one of them.
+    """
+    for lora, _ in loras:
+        if not lora.is_file():
+            raise InputNotFoundError(f"There is no LoRA {lora}.", "Check the path.")
+    brought = [(lora.name, steps) for lora, _ in loras if (steps := lightning_steps(lora))]
+    distilled = [*(lora.name for lora in own if lightning_steps(lora)), *(name for name, _ in brought)]
+    distilled += ["the transformer itself"] if fused else []
+    if len(distilled) > 1:
+        raise CheckpointError(
+            f"{' and '.join(distilled)} are each distilled for few steps; one alone makes a model draw in few steps, two ruin it.",
+            "Leave one out; the demo without its own is demo-base.",
+        )
+    steps = fused or (brought[0][1] if brought else None)
+    return dataclasses.replace(card, steps=steps, schedule="lightning", true_cfg=1.0) if steps else card
+
+
+def fused_steps(found: Distilled | None, said_steps: int | None) -> int | None:
+    """How many steps a transformer is distilled for; said_steps: what the caller says, 0 for none.
+
+    Raises CheckpointError for a file whose name alone says that it is distilled, until the caller says so too.
+    """
+    if said_steps is not None:
+        return said_steps or None
+    if found is None:
+        return None
+    if found.is_certain:
+        return found.steps
+    raise CheckpointError(
+        f"The transformer seems to be distilled for few steps: {found.because}. Drawn with the wrong schedule it draws grids.",
+        f"Say --distilled {found.steps or 4} if it is, or --distilled 0 if it is not.",
+    )
+
+
+def check_memory(parts: Sequence[FoundPart], keep_codes: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises MachineError where the weights alone are more than the device has free."""
+    needed = sum(_bytes(part.component, keep_codes or part.component.network == "text_encoder", dtype) for part in parts)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
+    if free is not None and needed > free:
+        raise MachineError(
+            f"The weights take {needed / _GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}, and {free / _GIB:.1f} GiB are free.",
+            "Use a card with more memory, or weights in FP8 or INT8, which are kept as they are.",
+        )
+
+
+def _bytes(component: Component, keep_codes: bool, dtype: torch.dtype) -> int:
+    if component.layout is None:
+        return sum(info.values for info in component.tensors.values()) * dtype.itemsize
+    total = sum(info.values for info in component.layout.vectors.values()) * dtype.itemsize
+    for stored in component.layout.matrices.values():
+        values = stored.shape[0] * stored.shape[1]
+        total += values * (1 if keep_codes and stored.scheme.name in KEEPABLE else dtype.itemsize)
+    return total
+
+
+def _free_host_bytes() -> int | None:
+    """What Linux can give without swapping; None on systems that do not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = next((line for line in lines if line.startswith("MemAvailable:")), None)
+    return None if found is None else int(found.split()[1]) * 1024
