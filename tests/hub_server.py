@@ -5,6 +5,7 @@ Large files are redirected to a second address, as the real hub does it: nobody'
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
@@ -50,6 +51,8 @@ class FakeHub:
     commit: str = COMMIT
     requests: list[Request] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
+    idle: threading.Condition = field(default_factory=threading.Condition)
+    busy: int = 0
     endpoint: str = ""
     cdn: str = ""
 
@@ -57,7 +60,14 @@ class FakeHub:
         self.files[repo] = files
         self.licenses[repo] = ({"license": license} if license else {}) | card
 
+    def wait(self) -> None:
+        """Until all answers are out: a client may have all of one before the server has counted it."""
+        with self.idle:
+            assert self.idle.wait_for(lambda: not self.busy, timeout=10)
+
     def downloads(self, path: str) -> list[Request]:
+        """The downloads of one file of which anything was sent."""
+        self.wait()
         return [request for request in self.requests if request.is_download and request.path == path and request.sent]
 
     def downloaded_bytes(self, path: str) -> int:
@@ -103,6 +113,16 @@ def _handler(hub: FakeHub, name: str) -> type[BaseHTTPRequestHandler]:
                 super().handle()
 
         def do_GET(self) -> None:
+            with hub.idle:
+                hub.busy += 1
+            try:
+                self._answer()
+            finally:
+                with hub.idle:
+                    hub.busy -= 1
+                    hub.idle.notify_all()
+
+        def _answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
             asked = re.match(r"bytes=(\d+)-(\d*)$", self.headers.get("Range", ""))
             request = Request(
@@ -120,8 +140,6 @@ def _handler(hub: FakeHub, name: str) -> type[BaseHTTPRequestHandler]:
                 self._send_file(request, found[1], found[3], asked)
             else:
                 self._send(404, b"")
-
-        do_HEAD = do_GET
 
         def _send(self, status: int, body: bytes, **headers: str) -> None:
             self.send_response(status)
@@ -150,6 +168,8 @@ def _handler(hub: FakeHub, name: str) -> type[BaseHTTPRequestHandler]:
                 self._send_bytes(request, hub.contents.get(path, hub.files[repo][path]), asked)
 
         def _send_bytes(self, request: Request, data: bytes, asked: re.Match[str] | None) -> None:
+            compresses = request.is_download and "gzip" in self.headers.get("Accept-Encoding", "")
+            data = gzip.compress(data) if compresses else data
             begin, end = 0, len(data)
             if asked and not hub.ignores_ranges:
                 begin, end = int(asked[1]), min(int(asked[2] or len(data) - 1) + 1, len(data))
@@ -160,6 +180,8 @@ def _handler(hub: FakeHub, name: str) -> type[BaseHTTPRequestHandler]:
             else:
                 self.send_response(200)
             body = data[begin:end]
+            if compresses:
+                self.send_header("Content-Encoding", "gzip")
             self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
             self.send_header("Content-Length", str(len(body) + (hub.length_too_large if request.is_download else 0)))
             self.end_headers()

@@ -90,6 +90,16 @@ def mrope_positions(tokens: int, picture_at: int, device: torch.device) -> Tenso
     return torch.cat([before, picture, after], 1)[:, None].to(device)
 
 
+@torch.no_grad()
+def silence(model: Qwen2_5_VLModel, unmet: Tensor) -> None:
+    """Zero the embeddings of ids that training never shows, `unmet` (vocabulary,): they get no gradient and stay silent.
+
+    At random, the first norm makes each as loud as a trained word and a direction that no layer knows: the words that only
+    held-out wordings have doubled the error of a whole edit.
+    """
+    model.get_input_embeddings().weight[unmet] = 0
+
+
 @sdpa_kernel(ATTENTION)
 def encode_prompts(model: Qwen2_5_VLModel, ids: Tensor, small: Tensor, prefix_tokens: int, picture_at: int) -> Tensor:
     """ids (B, tokens), padded on the right, and pictures (B, 3, 112, 112) -> hidden states after the system prefix.

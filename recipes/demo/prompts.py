@@ -66,6 +66,11 @@ class PromptTable:
         """One wording for each edit, of any split, as it is."""
         return self.prompts(*self.pick(edit, generator, split), self.longest[split])
 
+    def unmet(self, split: str, noise: bool) -> Tensor:
+        """Which ids (vocabulary,) neither the template nor a split's wordings have, nor the noise that training puts in."""
+        met = [self.head, self.tail, self.tables[f"{split}.ids"].long(), *([self.noise.strange] if noise else [])]
+        return torch.bincount(torch.cat(met), minlength=self.vocab_size) == 0
+
     def pick(self, edit: Edit, generator: torch.Generator, split: str) -> tuple[Tensor, Tensor]:
         """One wording's ids for each edit, (B, longest), and which of them are its own."""
         ids, starts = self.tables[f"{split}.ids"], self.tables[f"{split}.starts"].long()

@@ -20,7 +20,7 @@ from transformers import Qwen2_5_VLModel
 
 from millicent.model.mmdit import MMDiT
 from millicent.model.vae import VAE
-from recipes.demo.encoder import encode_prompts
+from recipes.demo.encoder import encode_prompts, silence
 from recipes.demo.loop import Length, run
 from recipes.demo.networks import VAE_SHAPE, build_encoder, build_transformer
 from recipes.demo.optimize import MasterWeights
@@ -95,6 +95,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     prompts = PromptTable(args.work, device)
     vae = load_vae(args.work, device, dtype)
     editor = build_editor(prompts, device, dtype)
+    silence(editor.encoder, prompts.unmet("training", noise=True))
     weights = MasterWeights(
         dict(editor.named_parameters()), () if args.optimizer == "adamw" else MUON_PREFIXES, args.muon_lr, args.lr
     )

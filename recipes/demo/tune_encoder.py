@@ -1,9 +1,11 @@
-"""Repair, not a step of the recipe: teach a trained encoder more wordings. `python -m recipes.demo.tune_encoder --work build/demo`.
+"""Repair of an encoder that was trained on the core of the grammar alone. `python -m recipes.demo.tune_encoder --work build/demo`.
 
-For an editor whose encoder learned the core of the grammar by heart. The transformer stays as it is. The teacher is the
-same editor, asked in the core's words, which it understands; the student is asked for the same edit in other words, with
-noise, and its language model learns to cause the same velocity where the words decide, at t of 1 and just below. A part of
-the pictures' tokens is enough to see what the transformer read. Rewrites editor.safetensors; a CPU does it in half an hour.
+Not a step of the recipe: train_editor does what this does from the start. First every word that the core does not have is
+silenced (encoder.silence), which takes no training and is nearly all of the repair: `--steps 0` stops there. Then, with the
+transformer and the embeddings as they are, the language model's layers learn wider wordings. The teacher is the same
+editor, asked in the core's words; the student, asked in others with noise, learns to cause the same velocity where words
+decide, at t of 1 and just below. A part of the pictures' tokens is enough to see what the transformer read. Rewrites
+editor.safetensors.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from millicent.model.layers import Rope, make_rope
 from millicent.model.mmdit import MMDiT, joint_mask
-from recipes.demo.encoder import encode_prompts
+from recipes.demo.encoder import encode_prompts, silence
 from recipes.demo.loop import Length, run
 from recipes.demo.optimize import MasterWeights
 from recipes.demo.pool import Batch, Pool
@@ -96,10 +98,12 @@ def tune(args: argparse.Namespace) -> dict[str, float]:
     stored = load_file(args.work / "editor.safetensors")
     editor.load_state_dict({k: v.float() for k, v in stored.items()})
     editor.requires_grad_(False)
+    silence(editor.encoder, prompts.unmet("core", noise=False))
     lesson = Lesson(editor, prompts, args.tokens)
     language = editor.encoder.language_model
     language.requires_grad_(True)
-    named = {f"encoder.language_model.{name}": p for name, p in language.named_parameters()}
+    language.embed_tokens.requires_grad_(False)
+    named = {f"encoder.language_model.{name}": p for name, p in language.named_parameters() if p.requires_grad}
     weights = MasterWeights(named, adam_lr=args.lr, ema_decay=0.99)
     pool = Pool(args.pool, Scenes(device), vae, args.edit_weight)
     drawing = torch.Generator(device).manual_seed(args.seed + 1000)
@@ -119,8 +123,8 @@ def tune(args: argparse.Namespace) -> dict[str, float]:
     record = run("encoder", step, weights, generator, length, lambda: None, NEVER, log_every=50)
     weights.use_averaged()
     print("after", json.dumps(lesson.check(pool, args.batch, args.seed)), flush=True)
-    tuned = {**stored, **{name: p.detach() for name, p in named.items()}}
-    save_file({name: v.to(stored[name].dtype).contiguous().cpu() for name, v in tuned.items()}, args.work / "editor.safetensors")
+    tuned = {name: v.to(stored[name].dtype).contiguous().cpu() for name, v in editor.state_dict().items() if name in stored}
+    save_file(tuned, args.work / "editor.safetensors")
     return {**record, "batch": args.batch, "pairs_drawn": pool.drawn}
 
 

@@ -63,7 +63,7 @@ def test_no_mark_is_no_maker(tmp_path: Path) -> None:
     assert read(tmp_path, {"w": CODES}, {"format": "pt"}) == Marks(None, {})
 
 
-@pytest.mark.parametrize("method", ["sdnq", "gptq", "auto-round", "nunchaku_lite", "svdquant"])
+@pytest.mark.parametrize("method", ["sdnq", "gptq", "auto-round", "nunchaku_lite"])
 def test_what_another_library_must_read_is_refused_by_name(tmp_path: Path, method: str) -> None:
     with pytest.raises(CheckpointError, match=f"quantized by {method}"):
         read(tmp_path, {"w": CODES}, quantization={"quant_method": method})

@@ -38,12 +38,12 @@ _SCALE = "_scale"
 
 
 class Tabulator(Protocol):
-    """What makes the modulation table: made in engine, where the network and its schedules can be reached.
+    """What makes the modulation table; made in engine, where the network and its schedules can be reached."""
 
-    entries: by the module that a part of the table stands in for, the tensors that are stored for it.
-    """
-
-    entries: Mapping[str, Mapping[str, Entry]]
+    @property
+    def entries(self) -> Mapping[str, Mapping[str, Entry]]:
+        """By the module that a part of the table stands in for, the tensors that are stored for it."""
+        ...
 
     def make(self, module: str, parameter: Callable[[str], Tensor]) -> Mapping[str, Tensor]:
         """The tensors of one module's entries; parameter: a network's parameter by name as a file keeps it, BF16."""
@@ -148,29 +148,24 @@ def convert_transformer(
     modules = {} if asked.tabulator is None else asked.tabulator.entries
     entries = {key: entry for name, shape in kept.items() for key, entry in _entries(name, shape, asked.format).items()}
     entries |= {key: entry for of_module in modules.values() for key, entry in of_module.items()}
-    blank = {name: torch.empty(shape, device="meta") for name, shape in expected.items()}
-    layers = [name.removesuffix(".weight") for name in expected if name.endswith(".weight")]
-    converter = _Converter(
-        asked, StoredParameters(component, source), read_loras(asked.loras, blank, name_table(layers)), expected
-    )
+    converter = _Converter(asked, StoredParameters(component, source), read_changes(component, asked.loras), expected)
     # a module's parameters lie together in the list
     units = {unit: tuple(names) for unit, names in groupby(kept, key=lambda name: name.rpartition(".")[0])}
     table_units = {TABLE_PREFIX + module: module for module in modules}
     plan = outline(entries, asked.metadata.to_header())
     with ResumableFile(target, plan, _inputs(source)) as file:
         resumed, started_anew, count = len(file.done), file.started_anew, len(units) + len(table_units)
-        for unit in [*units, *table_units]:
+        for number, unit in enumerate([*units, *table_units], 1):
             if unit not in file.done:
-                if unit in units:
-                    told = [asdict(layer) for name in units[unit] for layer in converter.write(name, file)]
-                else:
-                    told = converter.write_table(table_units[unit], file)
+                if unit in table_units:
+                    converter.write_table(table_units[unit], file)
+                told = [asdict(layer) for name in units.get(unit, ()) for layer in converter.write(name, file)]
                 file.finish_unit(unit, told)
             if on_unit is not None:
-                on_unit(list(file.done).index(unit) + 1, count)
+                on_unit(number, count)
         file.publish()
         told_layers = tuple(ConvertedLayer(**layer) for unit in units for layer in file.done[unit])
-    counts = Counter(asked.format if is_quantized(name, shape) else "bf16" for name, shape in kept.items())
+    counts: Counter[str] = Counter(asked.format if is_quantized(name, shape) else "bf16" for name, shape in kept.items())
     return Report(
         target=target,
         layers=told_layers,
@@ -182,6 +177,13 @@ def convert_transformer(
         resumed_units=resumed,
         started_anew=started_anew,
     )
+
+
+def read_changes(component: Component, loras: Sequence[tuple[Path, float]]) -> dict[str, list[tuple[Change, float]]]:
+    """What LoRAs do to each parameter. Raises as checkpoint.lora.fuse_loras; nothing is read of the transformer itself."""
+    expected = transformer_tensors(component.config)
+    blank = {name: torch.empty(shape, device="meta") for name, shape in expected.items()}
+    return read_loras(loras, blank, name_table([name.removesuffix(".weight") for name in expected if name.endswith(".weight")]))
 
 
 def _entries(name: str, shape: tuple[int, ...], wanted: Format) -> dict[str, Entry]:
@@ -242,11 +244,10 @@ class _Converter:
     def _tell(self, name: str, stored_as: Format, error: float, is_copied: bool = False) -> ConvertedLayer:
         return ConvertedLayer(name.removesuffix(".weight"), stored_as, error, is_copied, name in self.changes)
 
-    def write_table(self, module: str, file: ResumableFile) -> list[object]:
+    def write_table(self, module: str, file: ResumableFile) -> None:
         assert self.asked.tabulator is not None
         for key, tensor in self.asked.tabulator.make(module, self.plain).items():
             file.write(key, tensor)
-        return []
 
 
 def _relative_error(made: Tensor, weight: Tensor) -> float:

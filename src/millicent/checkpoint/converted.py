@@ -24,7 +24,6 @@ from typing import TypeVar
 OWN_METADATA = "millicent"
 VERSION = 1
 TABLE_PREFIX = "modulation."
-TABLE_DTYPES = ("bf16", "fp32")
 _SEES_TIMESTEP_ALONE = re.compile(r"time_text_embed\.|norm_out\.linear\.|transformer_blocks\.\d+\.(img|txt)_mod\.")
 
 T = TypeVar("T")

@@ -79,7 +79,8 @@ def read_codes(layer: str, stored: StoredMatrix, parts: Parts) -> tuple[Tensor, 
     if stored.scheme.name == "bitsandbytes int8":
         _check_row_order(parts)
         scales = scales / 127
-    _check_result(layer, codes.float().abs().amax(1, keepdim=True) * scales, (stored.shape[0], 1))
+    largest = torch.finfo(codes.dtype).max if codes.is_floating_point() else 128
+    _check_result(layer, scales * largest, tuple(scales.shape))
     return codes, scales
 
 
@@ -116,10 +117,18 @@ def _check_result(name: str, found: Tensor, shape: tuple[int, ...]) -> None:
         raise CheckpointError(f"{name} holds values that are not finite.", _FIX)
 
 
+def has_special_codes(codes: Tensor) -> bool:
+    """Whether FP8 codes hold a NaN, or in e5m2 an infinity: the highest codes of either sign, found without another tensor."""
+    if not codes.numel():
+        return False
+    highest = 0x7C if codes.dtype == torch.float8_e5m2 else 0x7F
+    return int(codes.view(torch.int8).amax()) >= highest or int(codes.view(torch.uint8).amax()) >= 0x80 | highest
+
+
 def _check_values(name: str, suffix: str, tensor: Tensor) -> None:
     is_scale = "scale" in suffix or suffix == "alpha"
     if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        if bool(tensor.float().isnan().any()):
+        if has_special_codes(tensor):
             raise CheckpointError(f"{name} holds codes that are no numbers.", _FIX)
         if is_scale and bool((tensor.float() < 0).any()):
             raise CheckpointError(f"{name} holds negative scales.", _FIX)

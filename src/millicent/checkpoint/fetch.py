@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from millicent.checkpoint.architecture import Part
-from millicent.checkpoint.files import _join
+from millicent.checkpoint.files import join
 from millicent.checkpoint.folder import show_some
 from millicent.checkpoint.hub import Hub, RemoteFile, Repository, download, list_repository
 from millicent.checkpoint.recognize import recognize_files
@@ -214,7 +214,7 @@ def inspect_before(urls: Sequence[str], token: str | None, config: Mapping[str, 
     Raises CheckpointError and its kinds for whatever this version would not load.
     """
     sources = [open_source(url, token) for url in urls]
-    files = _join(sources[0].name, sources, config or {})
+    files = join(sources[0].name, sources, config or {})
     # where several readings fit, the base model decides at loading: no reason to refuse here
     recognized = recognize_files(files, decide=lambda layer, tensors, readings: readings[0])
     return recognized.part, tuple(source.size_bytes for source in sources)
@@ -352,5 +352,8 @@ def _write_record(
             others.append({**source, "files": files})
     path = folder / RECORD
     part = path.with_name(f"{RECORD}.part")
-    part.write_text(json.dumps({"sources": [*others, entry]}, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(json.dumps({"sources": [*others, entry]}, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}.", "Make room, then run the same command again.") from error

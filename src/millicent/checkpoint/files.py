@@ -62,14 +62,14 @@ def open_weights(where: str | Path, token: str | None = None) -> WeightFiles:
     is_url = isinstance(where, str) and where.startswith(("http://", "https://"))
     if not is_url and Path(where).is_dir():
         folder = Path(where)
-        return _join(str(folder), [open_source(path) for path in _weight_files(folder)], _config(folder))
+        return join(str(folder), [open_source(path) for path in _weight_files(folder)], _config(folder))
     source = open_source(where, token)
     if found := _SHARD.search(source.name):
         raise IncompleteModelError(
             f"{source.name} is shard {int(found[1])} of {int(found[2])}, not a whole model.",
             "Give the folder that holds all of them.",
         )
-    return _join(source.name, [source], {})
+    return join(source.name, [source], {})
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -93,9 +93,11 @@ def _config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
-def _join(name: str, files: Sequence[Source], config: Mapping[str, Any]) -> WeightFiles:
+def join(name: str, files: Sequence[Source], config: Mapping[str, Any]) -> WeightFiles:
     source = JoinedSource(name, files)
     headers = [read_header(file) for file in files]
+    if len(files) == 1:
+        return WeightFiles(replace(headers[0], name=name), source, config)
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, Any] = {}
     for header, begin in zip(headers, source.begins, strict=False):

@@ -220,9 +220,9 @@ def _refusal(hub: Hub, repo: str, error: HfHubHTTPError, part: Path | None) -> C
 def _local_error(repo: str, error: OSError, part: Path | None) -> MillicentError:
     if error.errno == errno.ENOSPC:
         return MachineError("The disk is full.", "Make room, then run the same command again to go on from here.")
-    if error.errno is not None or part is None:
+    if type(error) is not OSError or error.errno is not None or part is None:
         return CheckpointError(f"{repo} cannot be fetched: {error}.", "Check the folder and the network.")
-    # http_get's own check: the server ended in good order, but with another length
+    # http_get's own check, the one error without a number: the server ended in good order, but with another length
     size_bytes = part.stat().st_size
     part.unlink()
     return CheckpointError(

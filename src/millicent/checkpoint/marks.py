@@ -26,6 +26,7 @@ MAKERS = {
     "torchao": "torchao",
     "bitsandbytes": "bitsandbytes",
     "quanto": "quanto",
+    "svdquant": "nunchaku",
 }
 # tensors or metadata that only their own library can read
 FOREIGN_ENDINGS = {

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from millicent.checkpoint.header import TensorInfo
 from millicent.formats.gguf_types import BLOCK_TYPES
@@ -312,7 +313,13 @@ FOREIGN_PARTS = {
 
 def fitting_schemes(parts: Mapping[str, TensorInfo], shape: tuple[int, int]) -> tuple[Scheme, ...]:
     """Every scheme that a layer's tensors fit; parts: by what follows "X." in their names; shape: the matrix's (N, K)."""
-    return tuple(scheme for scheme in SCHEMES if _fits(scheme, parts, shape))
+    return _fitting(frozenset((suffix, info.dtype, info.shape) for suffix, info in parts.items()), shape)
+
+
+@lru_cache(maxsize=1024)  # a file has 846 matrices of a few kinds
+def _fitting(parts: frozenset[tuple[str, str, Shape]], shape: tuple[int, int]) -> tuple[Scheme, ...]:
+    infos = {suffix: TensorInfo(dtype, stored, 0, 0) for suffix, dtype, stored in parts}
+    return tuple(scheme for scheme in SCHEMES if _fits(scheme, infos, shape))
 
 
 def _fits(scheme: Scheme, parts: Mapping[str, TensorInfo], shape: tuple[int, int]) -> bool:

@@ -96,7 +96,7 @@ class ResumableFile:
         self.started_anew = found is not None and not goes_on
         self._check_free_space()
         if found is not None and goes_on:
-            self._file = self._partial.open("r+b")
+            self._file: BinaryIO = self._partial.open("r+b")
             # a line that a kill cut off would spoil the next one
             os.truncate(self._journal_path, found.whole_bytes)
             self._journal = self._journal_path.open("a", encoding="utf-8")
@@ -150,9 +150,7 @@ class ResumableFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
         self._journal.close()
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import millicent
+from millicent.cli.convert import convert
 from millicent.cli.edit import edit
 from millicent.cli.inspect import inspect
 from millicent.cli.pull import pull
@@ -37,6 +38,7 @@ def options(
 app.command()(edit)
 app.command()(inspect)
 app.command()(pull)
+app.command()(convert)
 
 
 def main() -> None:

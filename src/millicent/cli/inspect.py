@@ -35,7 +35,7 @@ def show(inspection: Inspection) -> str:
     for name, value in inspection.as_dict().items():
         if name == "name" or value in (None, "", [], {}):
             continue
-        lines.append(f"  {name.replace('_', ' '):16} {show_value(name, value)}")
+        lines.append(f"  {name.removesuffix('_bytes').replace('_', ' '):16} {show_value(name, value)}")
     return "\n".join(lines)
 
 

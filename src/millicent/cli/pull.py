@@ -69,8 +69,10 @@ def show_listing(listing: Listing) -> None:
     """What would come, and under which license: said before anything does."""
     use = {True: "commercial use allowed", False: "no commercial use", None: "whether it allows commercial use is not known"}
     size = show_size(listing.size_bytes)
+    is_doubtful = listing.repository.license is None and listing.card is not None and "license" in listing.card.unverified
+    doubt = " (our card says so, unverified; the repository names none)" if is_doubtful else ""
     print(f"{listing.repository.name} at {listing.repository.commit[:12]}: {len(listing.files)} files, {size}")
-    print(f"license: {listing.license or 'none is named'}, {use[listing.commercial]}", flush=True)
+    print(f"license: {listing.license or 'none is named'}{doubt}, {use[listing.commercial]}", flush=True)
 
 
 def show(listing: Listing, fetched: Fetched) -> None:
