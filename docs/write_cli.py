@@ -10,7 +10,7 @@ from pathlib import Path
 from millicent import errors
 
 PAGE = Path(__file__).parent / "cli.md"
-COMMANDS = ((), ("edit",))
+COMMANDS = ((), ("edit",), ("inspect",), ("pull",), ("convert",))
 PLAIN = {"COLUMNS": "110", "TERMINAL_WIDTH": "110", "NO_COLOR": "1", "TERM": "dumb"}
 
 

@@ -22,13 +22,12 @@ from recipes.demo import tokenizer
 from recipes.demo.encoder import PICTURE_TOKENS
 from recipes.demo.noise import ROOM, Noise, pack_left
 from recipes.demo.scenes import Edit
-from recipes.demo.wordings import choosing_wording, core_wording, held_out_wording, training_wording
+from recipes.demo.wordings import choosing_wording, held_out_wording, training_wording
 from recipes.demo.world import CLASSES, COLOR_NAMES, LOGOS, OPS
 
 TRAINING_WORDINGS = 100  # of each edit
 HELD_OUT_WORDINGS = 6
 CHOOSING_WORDINGS = 4
-CORE_WORDINGS = 4  # from the core of the grammar alone, for tune_encoder's teacher
 LONGEST_WORDING = 72  # characters; a longer one is drawn again, since all prompts are as wide as the longest
 EDITS = len(OPS) * len(CLASSES) * len(LOGOS) * len(COLOR_NAMES)
 SEED = 7
@@ -66,10 +65,13 @@ class PromptTable:
         """One wording for each edit, of any split, as it is."""
         return self.prompts(*self.pick(edit, generator, split), self.longest[split])
 
-    def unmet(self, split: str, noise: bool) -> Tensor:
-        """Which ids (vocabulary,) neither the template nor a split's wordings have, nor the noise that training puts in."""
-        met = [self.head, self.tail, self.tables[f"{split}.ids"].long(), *([self.noise.strange] if noise else [])]
-        return torch.bincount(torch.cat(met), minlength=self.vocab_size) == 0
+    def training_ids(self) -> Tensor:
+        """Every id (n,) that `training` may show in a wording, with repetitions."""
+        return torch.cat([self.tables["training.ids"].long(), self.noise.strange])
+
+    def unmet(self, wordings: Tensor) -> Tensor:
+        """Which ids (vocabulary,) are neither in the template nor among those of `wordings` (n,)."""
+        return torch.bincount(torch.cat([self.head, self.tail, wordings]), minlength=self.vocab_size) == 0
 
     def pick(self, edit: Edit, generator: torch.Generator, split: str) -> tuple[Tensor, Tensor]:
         """One wording's ids for each edit, (B, longest), and which of them are its own."""
@@ -150,7 +152,6 @@ def write(work: Path) -> None:
     tables = {}
     for split, wording, per_edit in (
         ("training", training, TRAINING_WORDINGS),
-        ("core", core_wording, CORE_WORDINGS),
         ("held_out", held_out, HELD_OUT_WORDINGS),
         ("choosing", choosing, CHOOSING_WORDINGS),
     ):

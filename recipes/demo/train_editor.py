@@ -95,7 +95,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     prompts = PromptTable(args.work, device)
     vae = load_vae(args.work, device, dtype)
     editor = build_editor(prompts, device, dtype)
-    silence(editor.encoder, prompts.unmet("training", noise=True))
+    silence(editor.encoder, prompts.unmet(prompts.training_ids()))
     weights = MasterWeights(
         dict(editor.named_parameters()), () if args.optimizer == "adamw" else MUON_PREFIXES, args.muon_lr, args.lr
     )

@@ -24,7 +24,7 @@ from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 from millicent.checkpoint.architecture import transformer_tensors
 from millicent.checkpoint.convert import FORMATS, Format, Report
-from millicent.checkpoint.converted import sees_timestep_alone, split_table, table_of, without_modulation
+from millicent.checkpoint.converted import sees_timestep_alone, split_table, without_modulation
 from millicent.checkpoint.files import JoinedSource, open_weights
 from millicent.checkpoint.layout import lay_out
 from millicent.checkpoint.load import MappedFiles, load_network, read_parameters
@@ -35,13 +35,13 @@ from millicent.checkpoint.write import partial_paths
 from millicent.edits import EditRequest
 from millicent.engine.convert import TRANSFORMER_FILE, ConvertRequest, convert
 from millicent.engine.editor import Editor
+from millicent.engine.modulation import attach_stored
 from millicent.engine.sampler import lightning_sigmas
 from millicent.errors import CheckpointError, InputError, OutputError, ScheduleError, WeightsMismatchError
 from millicent.facts.models import read_card
 from millicent.formats.quantize import LARGEST, RowFormat, quantize_rows
 from millicent.model.config import MMDiTConfig
 from millicent.model.mmdit import MMDiT
-from millicent.model.modulation import ModulationTable, attach
 
 ROW_FORMATS: tuple[RowFormat, ...] = ("fp8", "int8")
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -400,7 +400,7 @@ def open_converted(source: Path, made: Path, dtype: str) -> Editor:
     with torch.device("meta"):
         mmdit = MMDiT(MMDiTConfig.from_dict(component.config))
     if "norm_out.linear.weight" not in component.tensors:
-        attach(mmdit, ModulationTable.from_stored(table_of(table, dtype)))
+        attach_stored(mmdit, table, editor._model.dtype)
     load_network(mmdit, component, files, editor._model.dtype, keep_codes=True)
     editor._model = dataclasses.replace(editor._model, mmdit=mmdit.eval())
     return editor

@@ -16,8 +16,8 @@ from torch import Tensor
 from millicent.engine.editor import Editor
 from millicent.engine.pipeline import pack, unpack
 from millicent.model.prompt import IMAGE_PAD
-from recipes.demo import distill, export, pool, prompts, train_editor, train_vae, tune_encoder
-from recipes.demo.encoder import encode_prompts
+from recipes.demo import distill, export, pool, prompts, repair_encoder, train_editor, train_vae
+from recipes.demo.encoder import encode_prompts, silence
 from recipes.demo.metrics import ciede2000, measure, ssim
 from recipes.demo.networks import build_transformer, build_vae
 from recipes.demo.optimize import MAX_SKIPPED, MasterWeights, cosine, orthogonalize
@@ -192,7 +192,6 @@ def test_the_whole_recipe_from_data_to_a_folder_that_edits(tmp_path: Path, monke
     monkeypatch.setattr(prompts, "TRAINING_WORDINGS", 1)
     monkeypatch.setattr(prompts, "HELD_OUT_WORDINGS", 1)
     monkeypatch.setattr(prompts, "CHOOSING_WORDINGS", 1)
-    monkeypatch.setattr(prompts, "CORE_WORDINGS", 1)
     monkeypatch.setattr(train_vae, "STATISTICS_PICTURES", 4)
     monkeypatch.setattr(train_vae, "STATISTICS_BATCH", 4)
     work = ("--work", str(tmp_path / "work"))
@@ -202,12 +201,14 @@ def test_the_whole_recipe_from_data_to_a_folder_that_edits(tmp_path: Path, monke
     run(monkeypatch, train_vae, *work, "--steps", "2", *small)
     run(monkeypatch, train_editor, *work, "--steps", "2", *small, *filled)
     run(monkeypatch, train_editor, *work, "--steps", "3", *small, *filled, "--resume")
+    unmet = PromptTable(tmp_path / "work", torch.device("cpu")).unmet(repair_encoder.core_ids(tmp_path / "work"))
     trained = load_file(tmp_path / "work" / "editor.safetensors")
-    run(monkeypatch, tune_encoder, *work, "--steps", "2", *small, *filled[:6], "--tokens", "16")
-    tuned = load_file(tmp_path / "work" / "editor.safetensors")
-    changed = {name for name in trained if not torch.equal(tuned[name], trained[name])}
-    assert changed
-    assert all(name.startswith("encoder.language_model.") for name in changed)
+    run(monkeypatch, repair_encoder, *work)
+    repaired = load_file(tmp_path / "work" / "editor.safetensors")
+    words = "encoder.language_model.embed_tokens.weight"
+    assert [name for name in trained if not torch.equal(repaired[name], trained[name])] == [words]
+    assert (repaired[words][unmet] == 0).all()
+    assert torch.equal(repaired[words][~unmet], trained[words][~unmet])
     run(monkeypatch, distill, *work, "--steps", "2", *small, *filled)
     run(monkeypatch, export, *work, "--out", str(tmp_path / "model"))
     lora = load_file(tmp_path / "model" / export.LORA_FILE)
@@ -225,12 +226,14 @@ def test_prompts_of_training_end_where_the_mask_says(tmp_path: Path, monkeypatch
     monkeypatch.setattr(prompts, "TRAINING_WORDINGS", 1)
     monkeypatch.setattr(prompts, "HELD_OUT_WORDINGS", 1)
     monkeypatch.setattr(prompts, "CHOOSING_WORDINGS", 1)
-    monkeypatch.setattr(prompts, "CORE_WORDINGS", 1)
     prompts.write(tmp_path)
     table = PromptTable(tmp_path, torch.device("cpu"))
     edit = Edit(*(torch.arange(16) % n for n in (7, 25, 3, 8)))
     generator = torch.Generator().manual_seed(0)
-    for ids, mask in (table.training(edit, generator), *(table.of(s, edit, generator) for s in ("training", "core", "held_out"))):
+    for ids, mask in (
+        table.training(edit, generator),
+        *(table.of(s, edit, generator) for s in ("training", "choosing", "held_out")),
+    ):
         after, end = ids[:, table.prefix_tokens :], table.special["<|endoftext|>"]
         assert after.shape == mask.shape
         assert mask.shape[1] % 8 == 0
@@ -239,17 +242,27 @@ def test_prompts_of_training_end_where_the_mask_says(tmp_path: Path, monkeypatch
     assert table.prefix_tokens == 64
 
 
-def test_velocity_at_every_token_is_the_transformers_own() -> None:
-    torch.manual_seed(0)
-    transformer = build_transformer()
-    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
-    noisy, reference, txt = torch.randn(2, 256, 64), torch.randn(2, 256, 64), torch.randn(2, 5, 128)
-    mask, t = torch.arange(5) < torch.tensor([[5], [3]]), torch.tensor([1.0, 0.9])
-    with torch.no_grad():
-        whole = transformer(torch.cat([noisy, reference], 1), txt, t, train_editor.IMG_SHAPES, mask)
-        at = torch.arange(256)
-        torch.testing.assert_close(tune_encoder.partial_velocity(transformer, noisy, reference, txt, mask, t, at), whole)
-        part = tune_encoder.partial_velocity(transformer, noisy, reference, txt, mask, t, at[::4])
-    assert part.shape == (2, 64, 64)
-    assert whole.abs().mean() > 0.1
-    assert torch.cosine_similarity(part.flatten(), whole[:, ::4].flatten(), 0) > 0.5
+def test_words_that_training_never_shows_start_and_stay_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a silent word leaves the words after it finite, where a random one of full length would be as loud as they are."""
+    monkeypatch.setattr(prompts, "TRAINING_WORDINGS", 4)
+    monkeypatch.setattr(prompts, "HELD_OUT_WORDINGS", 1)
+    monkeypatch.setattr(prompts, "CHOOSING_WORDINGS", 1)
+    prompts.write(tmp_path)
+    table, bpe = PromptTable(tmp_path, torch.device("cpu")), prompts.read_tokenizer(tmp_path)
+    needs, the, red = (bpe.encode(word).ids[0] for word in (" needs", " the", " red"))
+    core = table.unmet(repair_encoder.core_ids(tmp_path))
+    assert core[needs]
+    assert not core[[the, red, *table.head.tolist(), *table.tail.tolist()]].any()
+    trained = table.unmet(table.training_ids())
+    assert not trained[[needs, the, red]].any()  # noise shows every word, in no frame
+    editor = train_editor.build_editor(table, torch.device("cpu"), torch.float32)
+    words = editor.encoder.get_input_embeddings().weight
+    silence(editor.encoder, core)
+    assert (words[core] == 0).all()
+    assert (words[~core].norm(dim=1) > 0).sum() >= (~core).sum() - 1  # transformers zeroes the padding's
+    ids = torch.cat([table.head, torch.tensor([red, needs, the]), table.tail])[None]
+    hidden = editor.encode(table, ids, torch.zeros(1, 3, 112, 112, dtype=torch.uint8))
+    hidden.square().mean().backward()
+    assert hidden.isfinite().all()
+    assert words.grad is not None
+    assert words.grad.isfinite().all()

@@ -1,6 +1,6 @@
 """A model as diffusers lays it out: a folder with model_index.json and one folder for each part.
 
-Here a folder is only looked at: which files make it, and whether all are there. What the files hold is for weights.py.
+Here a folder is only looked at: which files make it, and whether all are there. What the files hold is for header.py and load.py.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from millicent.checkpoint.header import read_header
 from millicent.errors import CheckpointError, IncompleteModelError, WeightsMismatchError
 
 # what Edit and Edit-Plus folders name in model_index.json; other pipelines are other models
@@ -116,19 +115,11 @@ def _shards(index: Path) -> list[Path]:
         if not (index.parent / name).is_file():
             raise IncompleteModelError(f"The shard {index.parent / name} is missing.", FETCH_AGAIN)
     shards = [index.parent / name for name in sorted(names)]
-    held = {key: shard.name for shard in shards for key in _keys(shard)}
+    held = {key: shard.name for shard in shards for key in read_header(shard).tensors}
     if held != weight_map:
         differing = sorted(held.keys() ^ weight_map.keys()) or sorted(k for k in held if held[k] != weight_map[k])
         raise WeightsMismatchError(f"{index} and its shards differ in {show_some(differing)}.", FETCH_AGAIN)
     return shards
-
-
-def _keys(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="np") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no whole safetensors file: {error}.", FETCH_AGAIN) from error
 
 
 def show_some(keys: Sequence[str]) -> str:

@@ -137,8 +137,8 @@ def _plan(found: _Found, request: ConvertRequest) -> tuple[Conversion, ModelCard
     )
     table = None
     if steps is not None:
-        config = MMDiTConfig.from_dict({**found.component.config, "zero_cond_t": found.zero_cond_t})
-        table = LightningTable(config, card.schedule, steps)
+        config = {key: value for key, value in found.component.config.items() if key != "quantization_config"}
+        table = LightningTable(MMDiTConfig.from_dict({**config, "zero_cond_t": found.zero_cond_t}), card.schedule, steps)
     return Conversion(request.format, loras, table, metadata), card
 
 

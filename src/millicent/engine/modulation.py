@@ -12,13 +12,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from millicent.checkpoint.converted import TABLE_PREFIX
+from millicent.checkpoint.converted import TABLE_PREFIX, table_of
 from millicent.checkpoint.write import DTYPE_NAMES, Entry
 from millicent.engine.sampler import lightning_sigmas, round_timestep
 from millicent.errors import ScheduleError
 from millicent.model.config import MMDiTConfig
 from millicent.model.mmdit import MMDiT
-from millicent.model.modulation import TIMESTEPS, TimestepRows, embed_timesteps, table_shapes, tabulate_module
+from millicent.model.modulation import (
+    TIMESTEPS,
+    ModulationTable,
+    TimestepRows,
+    attach,
+    embed_timesteps,
+    table_shapes,
+    tabulate_module,
+)
 
 # a table for each dtype that an edit may compute in: their timesteps differ, as BF16 rounds 0.9 to 0.8984375
 TABLE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -53,6 +61,16 @@ def check_schedule(mmdit: MMDiT, sigmas: Sequence[float]) -> None:
     if isinstance(rows, TimestepRows):
         for timestep in rounded_timesteps(sigmas, rows.dtype).tolist():
             rows.find(timestep)
+
+
+def attach_stored(mmdit: MMDiT, table: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Give a network the table that a converted file holds for edits in `dtype`; before its other weights are filled in.
+
+    table: the file's tensors that are the table's, with their prefix (converted.split_table).
+    Raises WeightsMismatchError for a table of another network, or none for `dtype`.
+    """
+    [name] = [name for name, stored in TABLE_DTYPES.items() if stored == dtype]
+    attach(mmdit, ModulationTable.from_stored(table_of(table, name)))
 
 
 class LightningTable:
