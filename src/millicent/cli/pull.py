@@ -90,8 +90,8 @@ def show_use(card: Card | None, fetched: Fetched) -> str | None:
         case LoraCard():
             return f"Use it with --lora {fetched.folder / card.files[0]} on {card.base}, {card.steps} steps"
         case TransformerCard():
-            steps = f", {card.steps} steps" if card.steps else ""
-            return f"Use it with --transformer {fetched.folder / card.files[0]} on {card.base}{steps}"
+            distilled = f" --distilled {card.steps}" if card.steps else ""
+            return f"Use it with --transformer {fetched.folder / card.files[0]}{distilled} on {card.base}"
     return None
 
 
