@@ -64,7 +64,7 @@ def rollout_loss(
     editor: DemoEditor, vae: VAE, prompts: PromptTable, batch: Batch, generator: torch.Generator, pixel_share: float
 ) -> Tensor:
     """Squared error of the latents, inside the edit weighted up, and the pixels' L1 and edges over a share of the batch."""
-    ids, mask = prompts.training(batch.edit, generator)
+    ids, mask = prompts.of("training", batch.edit, generator)  # without noise: the factors learn steps, not words
     with torch.no_grad():
         txt = editor.encode(prompts, ids, batch.small)
     noise = torch.randn(batch.target.shape, device=txt.device, generator=generator)

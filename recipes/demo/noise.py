@@ -51,7 +51,7 @@ class Noise:
         dropped = self.filler[ids] & noisy & (uniform(rows, places) < MOST_DROPPED * uniform(rows, 1))
         put_in = kept & noisy & (uniform(rows, places) < MOST_PUT_IN * uniform(rows, 1))
         put_in &= put_in.cumsum(1) <= ROOM
-        strange = self.strange[(uniform(rows, places) * len(self.strange)).long()]
+        strange = self.strange[torch.randint(0, len(self.strange), (rows, places), device=ids.device, generator=generator)]
         return torch.stack([strange, ids], 2).flatten(1), torch.stack([put_in, kept & ~dropped], 2).flatten(1)
 
 
