@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -531,7 +532,9 @@ def nunchaku(state: State) -> Stored:
         for block in sorted({".".join(key.split(".")[:2]) for key in state if in_blocks(key)}):
             linears = {f"attn.{name}": [f"attn.{part}" for part in parts] for name, parts in FUSED.items()}
             linears |= {name: [name] for name in ("attn.to_out.0", "attn.to_add_out")}
-            linears |= {f"{stream}_mlp.net.{end}": [f"{stream}_mlp.net.{end}"] for stream in ("img", "txt") for end in ("0.proj", "2")}
+            linears |= {
+                f"{stream}_mlp.net.{end}": [f"{stream}_mlp.net.{end}"] for stream in ("img", "txt") for end in ("0.proj", "2")
+            }
             for name, parts in linears.items():
                 names = [f"{block}.{part}" for part in parts]
                 weight, bias = (torch.cat([state[f"{part}.{end}"] for part in names]) for end in ("weight", "bias"))
@@ -684,7 +687,8 @@ LAYOUTS: dict[str, Layout] = {
         blocks("int8 per row"), INT8, "comfy", 2**-18,
     ),
     "comfy convrot w4a4": Layout(
-        by_matrix(noted(comfy_w4a4, format="convrot_w4a4", convrot_groupsize=256)), blocks("int4 convrot"), FOUR_BITS, "comfy", 2**-18
+        by_matrix(noted(comfy_w4a4, format="convrot_w4a4", convrot_groupsize=256)), blocks("int4 convrot"), FOUR_BITS, "comfy",
+        2**-18,
     ),
     "lightx2v fp8": Layout(by_matrix(fp8_rows), blocks("fp8 per row"), FP8, kept=True),
     "lightx2v fp8 by block": Layout(by_matrix(fp8_rows), blocks("fp8 per row"), FP8, config={}, kept=True, files="blocks"),
@@ -802,6 +806,14 @@ def write(layout: Layout, state: State, folder: Path, stem: str = "transformer")
         (folder / "hf_quant_config.json").write_text(json.dumps(producer))
     (folder / "config.json").write_text(json.dumps(layout.config))
     return Written(layout, folder, tuple(sorted(folder.glob("*.safetensors"))), stored)
+
+
+@functools.cache
+def written(name: str, root: Path) -> Written:
+    """One layout of the folder's transformer, written once for all tests; not to be changed."""
+    folder = root / f"layout{list(LAYOUTS).index(name)}"
+    folder.mkdir()
+    return write(LAYOUTS[name], read_state(make_folder(root) / "transformer"), folder)
 
 
 def write_shards(tensors: State, folder: Path, count: int = 3) -> None:
@@ -924,3 +936,38 @@ TEXT_ENCODERS: dict[str, Layout] = {
         {"bitsandbytes int8": 14, "plain": 12 + EMBEDDING}, INT8, tolerance=ROUNDED, kept=True,
     ),
 }  # fmt: skip
+
+
+# the VAE, as ComfyUI has it
+
+
+def to_wan_key(key: str) -> str:
+    """diffusers' name of a VAE parameter -> the Wan file's: the published table, read from right to left."""
+    key = key.replace("post_quant_conv.", "conv2.") if key.startswith("post_") else key.replace("quant_conv.", "conv1.")
+    for half in ("encoder", "decoder"):
+        key = key.replace(f"{half}.conv_in.", f"{half}.conv1.")
+        key = key.replace(f"{half}.norm_out.", f"{half}.head.0.").replace(f"{half}.conv_out.", f"{half}.head.2.")
+    for block, layer in (("resnets.0", 0), ("attentions.0", 1), ("resnets.1", 2)):
+        key = key.replace(f"mid_block.{block}.", f"middle.{layer}.")
+    key = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)\.", lambda m: f"upsamples.{4 * int(m[1]) + int(m[2])}.", key)
+    key = re.sub(r"up_blocks\.(\d)\.upsamplers\.0\.", lambda m: f"upsamples.{4 * int(m[1]) + 3}.", key)
+    key = key.replace("down_blocks.", "downsamples.")
+    blocks = {
+        "norm1": "residual.0",
+        "conv1": "residual.2",
+        "norm2": "residual.3",
+        "conv2": "residual.6",
+        "conv_shortcut": "shortcut",
+    }
+    inside = re.search(r"(samples\.\d+|middle\.[02])\.(norm1|conv1|norm2|conv2|conv_shortcut)\.", key)
+    return key.replace(f".{inside[2]}.", f".{blocks[inside[2]]}.") if inside else key
+
+
+def all_in_one(folder: Path, quantize_matrix: Quantize = comfy_old) -> State:
+    """One file with three prefixes, as Rapid-AIO and the like are: transformer and encoder quantized, the VAE in Wan's names."""
+    transformer = by_matrix(quantize_matrix)(read_state(folder / "transformer")).tensors
+    encoder = by_hub_names(by_matrix(quantize_matrix, is_text_linear))(read_text_encoder(folder)).tensors
+    vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    whole = {f"{COMFY_PREFIX}{key}": tensor for key, tensor in transformer.items()}
+    whole |= {f"text_encoders.qwen25_7b.transformer.{key}": tensor for key, tensor in encoder.items()}
+    return whole | {f"vae.{to_wan_key(key)}": tensor for key, tensor in vae.items()}

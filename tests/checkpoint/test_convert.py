@@ -23,7 +23,7 @@ from torch import Tensor
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 from millicent.checkpoint.architecture import transformer_tensors
-from millicent.checkpoint.convert import FORMATS, Format, Report
+from millicent.checkpoint.convert import FORMATS, Format, Report, check_whole
 from millicent.checkpoint.converted import sees_timestep_alone, split_table, without_modulation
 from millicent.checkpoint.files import JoinedSource, open_weights
 from millicent.checkpoint.layout import lay_out
@@ -328,6 +328,24 @@ def test_a_run_that_broke_off_is_gone_on_with_to_the_same_bytes(
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.parametrize("cut_bytes", [1, 9])
+def test_a_run_may_break_off_twice(
+    cut_bytes: int, whole: tuple[dict[str, bytes], Report], bf16_folder: Path, lightning: Path, tmp_path: Path
+) -> None:
+    """What follows a line that was cut off must not be lost with it."""
+    asked = request("fp8", lightning)
+    with pytest.raises(KilledError):
+        convert(bf16_folder, tmp_path / "made", asked, stop_after(6))
+    _, journal = partial_paths(tmp_path / "made.partial" / TRANSFORMER_FILE)
+    os.truncate(journal, journal.stat().st_size - cut_bytes)
+    with pytest.raises(KilledError):
+        convert(bf16_folder, tmp_path / "made", asked, stop_after(12))
+    (tmp_path / "made.partial" / "vae" / "of-another-source.txt").write_text("left behind")
+    report = convert(bf16_folder, tmp_path / "made", asked)
+    assert (report.resumed_units, report.started_anew) == (12, False)
+    assert all_files(tmp_path / "made") == whole[0]
+
+
 def spoil_what_has_no_line(partial: Path, done: set[str]) -> None:
     header = open_weights_header(partial)
     with partial.open("r+b") as file:
@@ -457,6 +475,15 @@ def test_the_cards_lora_is_fused_and_no_longer_named(bf16_folder: Path, lightnin
         convert(folder, tmp_path / "twice", request("fp8", lightning))
 
 
+def test_a_config_no_longer_speaks_of_the_sources_quantization(bf16_folder: Path, lightning: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bf16_folder, tmp_path / "quantized")
+    config = read_config(folder / TRANSFORMER_FILE)
+    said = {**config, "quantization_config": {"quant_method": "quanto", "weights": "float8"}}
+    (folder / "transformer" / "config.json").write_text(json.dumps(said))
+    convert(folder, tmp_path / "made", request("fp8", lightning))
+    assert read_config(tmp_path / "made" / TRANSFORMER_FILE) == config
+
+
 def test_the_table_is_for_the_steps_that_are_asked(bf16_folder: Path, lightning: Path, tmp_path: Path) -> None:
     convert(bf16_folder, tmp_path / "made", request("bf16", lightning, steps=6))
     _, _, table = open_stored(tmp_path / "made" / TRANSFORMER_FILE)
@@ -574,6 +601,47 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     with pytest.raises(OutputError, match="The other parts of"):
         convert(bf16_folder, tmp_path / "made", request("fp8", lightning))
     assert not (tmp_path / "made").exists()
+
+
+def test_what_was_converted_without_its_modulation_is_not_converted_again(
+    bf16_folder: Path, lightning: Path, tmp_path: Path
+) -> None:
+    convert(bf16_folder, tmp_path / "made", request("fp8", lightning))
+    component, _, _ = open_stored(tmp_path / "made" / TRANSFORMER_FILE)
+    with pytest.raises(CheckpointError, match=r"left out norm_out\.linear\.bias, .* Convert the model that it was made of"):
+        check_whole(component, "made")
+    with pytest.raises(CheckpointError):
+        convert(tmp_path / "made", tmp_path / "again", request("bf16"))
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to(bf16_folder: Path, lightning: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="cannot be written"):
+        convert(bf16_folder, tmp_path / "made", request("fp8", lightning))
+
+
+def test_a_disk_that_fails_is_told_and_gone_on_with(
+    whole: tuple[dict[str, bytes], Report],
+    bf16_folder: Path,
+    lightning: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def fsync(number: int) -> None:
+        calls.append(number)
+        if len(calls) == 20:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        with pytest.raises(OutputError, match="No space left on device"):
+            convert(bf16_folder, tmp_path / "made", request("fp8", lightning))
+    report = convert(bf16_folder, tmp_path / "made", request("fp8", lightning))
+    assert report.resumed_units > 0
+    assert all_files(tmp_path / "made") == whole[0]
 
 
 def test_a_broken_weight_is_refused_and_named(bf16_folder: Path, lightning: Path, tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def state(folder: Path) -> zoo.State:
 
 
 @pytest.fixture(scope="module")
-def write(state: zoo.State, tmp_path_factory: pytest.TempPathFactory) -> Write:
-    return cache(lambda name: zoo.write(zoo.LAYOUTS[name], state, tmp_path_factory.mktemp("transformer")))
+def write(tmp_path_factory: pytest.TempPathFactory) -> Write:
+    return lambda name: zoo.written(name, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +152,7 @@ def test_a_text_encoder_is_recognized_and_decoded(name: str, write_text_encoder:
 
 
 @pytest.mark.parametrize("name", zoo.TEXT_ENCODERS)
-def test_a_text_encoder_reads_what_bf16_reads(
-    name: str, write_text_encoder: Write, folder: Path, picture: np.ndarray
-) -> None:
+def test_a_text_encoder_reads_what_bf16_reads(name: str, write_text_encoder: Write, folder: Path, picture: np.ndarray) -> None:
     written = write_text_encoder(name)
     editor = Editor.open(folder, text_encoder=written.path, device="cpu")
     off = difference(draw(editor), picture)

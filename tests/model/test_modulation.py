@@ -118,6 +118,29 @@ def test_the_table_made_module_by_module_is_the_networks(zero_cond_t: bool, dtyp
         }
 
 
+def test_a_files_table_does_not_tell_how_many_threads_made_it() -> None:
+    """At the true width, where several threads sum a BF16 product of two rows in another order than one does."""
+    maker = LightningTable(MMDiTConfig(num_layers=1, zero_cond_t=True), "lightning", 1)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"weight": (18432, 3072), "bias": (18432,)}
+    linear = {name: torch.randn(shape, generator=generator).bfloat16() / 50 for name, shape in shapes.items()}
+    embedder = "time_text_embed.timestep_embedder."
+    wide = {"linear_1.weight": (3072, 256), "linear_1.bias": (3072,), "linear_2.weight": (3072, 3072), "linear_2.bias": (3072,)}
+    time = {embedder + name: torch.randn(shape, generator=generator).bfloat16() / 20 for name, shape in wide.items()}
+
+    def parameter(name: str) -> Tensor:
+        return time[name] if name in time else linear[name.rpartition(".")[2]]
+
+    threads = torch.get_num_threads()
+    tables = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        tables.append(maker.make("transformer_blocks.0.img_mod", parameter))
+        assert torch.get_num_threads() == count
+    torch.set_num_threads(threads)
+    assert all(torch.equal(tables[0][key], tables[1][key]) for key in tables[0])
+
+
 def test_the_lightning_levels_in_bf16_are_those_the_network_is_given() -> None:
     assert table_timesteps("lightning", 4, torch.bfloat16).tolist() == [1.0, 0.8984375, 0.75390625, 0.5]
     many = table_timesteps("lightning", 99, torch.bfloat16).tolist()

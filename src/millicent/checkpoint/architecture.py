@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from millicent.checkpoint import llama_cpp
 from millicent.checkpoint.header import TensorInfo
 from millicent.errors import CheckpointError, WeightsMismatchError
 
@@ -33,7 +34,7 @@ OTHER_FAMILIES = {
     "Wan": ("blocks.0.self_attn.q.weight",),
     "Lens": ("transformer_blocks.0.img_mlp.w1.weight",),
     "Z-Image": ("cap_embedder.0.weight",),
-    "llama.cpp's Qwen2.5-VL": ("blk.0.attn_q.weight", "v.blk.0.attn_q.weight", "v.blk.0.attn_qkv.weight"),
+    "another language or vision model of llama.cpp's": ("blk.0.attn_q.weight", "v.blk.0.attn_q.weight", "v.blk.0.attn_qkv.weight"),
 }
 STREAM_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")
 
@@ -58,6 +59,8 @@ def find_part(keys: Collection[str]) -> Found:
     for prefix in PREFIXES:
         if f"{prefix}txt_norm.weight" in keys and any(key.startswith(f"{prefix}transformer_blocks.0.") for key in keys):
             return Found("transformer", prefix)
+    if llama_cpp.is_text_encoder(keys):
+        return Found("text_encoder")
     for prefix in PREFIXES:
         for family, markers in OTHER_FAMILIES.items():
             if any(f"{prefix}{marker}" in keys for marker in markers):

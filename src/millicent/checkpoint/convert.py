@@ -21,6 +21,7 @@ from millicent.checkpoint.architecture import transformer_tensors
 from millicent.checkpoint.converted import TABLE_PREFIX, ConvertedMetadata, sees_timestep_alone, without_modulation
 from millicent.checkpoint.decode import read_codes
 from millicent.checkpoint.files import JoinedSource
+from millicent.checkpoint.folder import show_some
 from millicent.checkpoint.load import MappedFiles, read_matrix, read_vector
 from millicent.checkpoint.lora import Change, fuse, read_loras
 from millicent.checkpoint.lora_keys import name_table
@@ -253,6 +254,14 @@ class _Converter:
 def _relative_error(made: Tensor, weight: Tensor) -> float:
     norm = float(torch.linalg.vector_norm(weight))
     return float(torch.linalg.vector_norm(made.sub_(weight))) / norm if norm else 0.0
+
+
+def check_whole(component: Component, name: str) -> None:
+    """Raises CheckpointError for a file that was converted before and has left out what a new one is made of."""
+    assert component.layout is not None
+    held = {*component.layout.vectors, *(key for stored in component.layout.matrices.values() for key in stored.parameters)}
+    if missing := sorted(transformer_tensors(component.config).keys() - held):
+        raise CheckpointError(f"{name} was converted and left out {show_some(missing)}.", "Convert the model that it was made of.")
 
 
 def check_target(target: Path, overwrite: bool) -> None:

@@ -6,6 +6,7 @@ in the dtypes that the file gives them, E8M0 as itself or as bytes; of GGUF's bl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ FINE_GRAINED_BLOCK = 128
 LEAST_SCALED_FP8 = 200.0
 # largest magnitudes of blocks or rows, which act as scales: 0 where all of them are
 _MAGNITUDES = ("SCB", "weight.absmax", "weight.nested_absmax")
+_MAX_CONTRADICTION = 0.02  # scales are stored in BF16 at worst
 _KEPT_DTYPES = (torch.float8_e4m3fn, torch.int8)
 _FIX = "Fetch the file again, or use another quantization of this model."
 
@@ -91,7 +93,10 @@ def decode_weight(layer: str, scheme: str, parts: Parts, shape: Shape, note: Not
     Raises CheckpointError for a scale that is not finite or not positive, a code that is NaN, a result that is not finite.
     """
     _check_parts(layer, parts)
-    weight = _DECODERS[scheme](parts, shape, note or {})
+    try:
+        weight = _DECODERS[scheme](parts, shape, note or {})
+    except CheckpointError as error:
+        raise type(error)(f"{layer}: {error.message}", error.fix) from error
     _check_result(layer, weight, shape)
     if scheme == "raw fp8":
         _refuse_lost_scale(layer, weight)
@@ -108,6 +113,15 @@ def _refuse_lost_scale(layer: str, weight: Tensor) -> None:
 def _check_parts(layer: str, parts: Parts) -> None:
     for suffix, tensor in parts.items():
         _check_values(f"{layer}.{suffix}", suffix, tensor)
+    if "SCB" in parts:
+        _check_zeros(f"{layer}.SCB", parts["SCB"].flatten(), parts["weight"])
+
+
+def _check_zeros(name: str, magnitudes: Tensor, codes: Tensor) -> None:
+    """bitsandbytes gives a magnitude of 0 to zeros alone, which then all have one code. codes: a row for each magnitude."""
+    of_zeros = codes[magnitudes == 0]
+    if bool((of_zeros != of_zeros[:, :1]).any()):
+        raise CheckpointError(f"{name} is 0 where the codes are not.", _FIX)
 
 
 def _check_result(name: str, found: Tensor, shape: tuple[int, ...]) -> None:
@@ -126,7 +140,7 @@ def has_special_codes(codes: Tensor) -> bool:
 
 
 def _check_values(name: str, suffix: str, tensor: Tensor) -> None:
-    is_scale = "scale" in suffix or suffix == "alpha"
+    is_scale = "scale" in suffix or suffix in ("alpha", "smooth_factor")
     if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         if has_special_codes(tensor):
             raise CheckpointError(f"{name} holds codes that are no numbers.", _FIX)
@@ -199,6 +213,15 @@ def _nvfp4_divided(weight: str, swizzled: bool) -> Callable[[Parts, Shape, Note]
     )
 
 
+def _lightx2v_nvfp4(parts: Parts, shape: Shape, note: Note) -> Tensor:
+    if "alpha" in parts and "input_global_scale" in parts:
+        scales = (parts[name].float().reshape(()) for name in ("alpha", "input_global_scale", "weight_global_scale"))
+        product = math.prod(map(float, scales))
+        if abs(product - 1) > _MAX_CONTRADICTION:
+            raise CheckpointError(f"alpha * input_global_scale * weight_global_scale is {product:.3g}; wanted 1.", _FIX)
+    return _nvfp4_divided("weight", swizzled=True)(parts, shape, note)
+
+
 def _nvfp4_calibrated(parts: Parts, shape: Shape, note: Note) -> Tensor:
     """LightX2V's alpha is 1 / (input_global_scale * weight_global_scale), and the latter is not stored."""
     global_scale = parts["alpha"].float() * parts["input_global_scale"].float().reshape(parts["alpha"].shape)
@@ -223,7 +246,11 @@ def _bitsandbytes_4bit(kind: str, is_nested: bool) -> Callable[[Parts, Shape, No
             absmax, table = parts["weight.nested_absmax"], parts["weight.nested_quant_map"]
             nested = NestedAbsmax(absmax, table, state.nested_offset, state.nested_block_size)
         codes, absmax, table = parts["weight"], parts["weight.absmax"], parts["weight.quant_map"]
-        return dequantize_4bit(codes, absmax, table, shape, state.block_size, nested)
+        weight = dequantize_4bit(codes, absmax, table, shape, state.block_size, nested)
+        if nested is None:
+            whole = codes.numel() // (state.block_size // 2)
+            _check_zeros("weight.absmax", absmax[:whole], codes.flatten()[: whole * state.block_size // 2].view(whole, -1))
+        return weight
 
     return decode
 
@@ -268,7 +295,7 @@ _DECODERS: dict[str, Callable[[Parts, Shape, Note], Tensor]] = {
     "mxfp8, plain": _mxfp8(swizzled=False),
     "nvfp4, comfy": _nvfp4(high_first=True, swizzled=True),
     "nvfp4, modelopt": _nvfp4(high_first=False, swizzled=False),
-    "nvfp4, lightx2v": _nvfp4_divided("weight", swizzled=True),
+    "nvfp4, lightx2v": _lightx2v_nvfp4,
     "nvfp4, lightx2v calibrated": _nvfp4_calibrated,
     "nvfp4, compressed-tensors": _nvfp4_divided("weight_packed", swizzled=False),
     "torchao": _torchao,

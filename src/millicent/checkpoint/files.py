@@ -15,6 +15,7 @@ from typing import Any
 
 from millicent.checkpoint.folder import FETCH_AGAIN, find_weight_files, read_json
 from millicent.checkpoint.header import Header, TensorInfo, read_header
+from millicent.checkpoint.llama_cpp import check_pair
 from millicent.checkpoint.source import Source, open_source
 from millicent.errors import CheckpointError, IncompleteModelError
 
@@ -76,6 +77,8 @@ def _weight_files(folder: Path) -> list[Path]:
     blocks = sorted(folder.glob(_BLOCK_FILES), key=lambda path: (len(path.name), path.name))
     if not blocks:
         single = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
+        if len(single) > 1 and all(path.suffix == ".gguf" for path in single):
+            return single
         is_one = len(single) == 1 and not any(folder.glob("*.index.json")) and not _SHARD.search(single[0].name)
         return single if is_one else find_weight_files(folder)
     if not (folder / _BESIDE_BLOCKS).is_file():
@@ -98,6 +101,8 @@ def join(name: str, files: Sequence[Source], config: Mapping[str, Any]) -> Weigh
     headers = [read_header(file) for file in files]
     if len(files) == 1:
         return WeightFiles(replace(headers[0], name=name), source, config)
+    if headers[0].container == "gguf":
+        check_pair(headers, name)
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, Any] = {}
     for header, begin in zip(headers, source.begins, strict=False):

@@ -13,7 +13,7 @@ from millicent.checkpoint.architecture import LAYERED_MARKER, ZERO_COND_T_MARKER
 from millicent.checkpoint.files import WeightFiles, open_weights
 from millicent.checkpoint.folder import open_folder
 from millicent.checkpoint.recognize import Component, Recognized, recognize_files
-from millicent.checkpoint.schemes import KEEPABLE
+from millicent.checkpoint.schemes import keeps_codes
 from millicent.errors import CheckpointError
 
 _MAX_SHOWN = 12
@@ -117,8 +117,11 @@ def _variant(files: WeightFiles, found: Found, transformer: Component | None) ->
 
 
 def _how(components: Mapping[Any, Component]) -> str:
-    schemes = {m.scheme.name for c in components.values() if c.layout is not None for m in c.layout.matrices.values()}
-    return "natively" if schemes <= {"plain", *KEEPABLE} else "by dequantizing to BF16"
+    matrices = [m for c in components.values() if c.layout is not None for m in c.layout.matrices.values()]
+    is_native = all(
+        m.scheme.name == "plain" or keeps_codes(m.scheme.name, m.parts, m.shape, bool(m.note.get("convrot"))) for m in matrices
+    )
+    return "natively" if is_native else "by dequantizing to BF16"
 
 
 def _shorten(layers: tuple[str, ...]) -> list[str]:

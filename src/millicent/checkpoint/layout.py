@@ -81,12 +81,25 @@ class StoredMatrix:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """A parameter that is stored in pieces: stacked in this order along a new `axis`, then brought into its `shape`."""
+
+    pieces: tuple[str, ...]
+    axis: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
-    """matrices: by the stored layer's name X. vectors: every other parameter, by its full name. leftovers: what is no weight."""
+    """matrices: by the stored layer's name X. vectors: every other parameter, by its full name. leftovers: what is no weight.
+
+    joined: by its full name, a parameter of which matrices or vectors yield the pieces.
+    """
 
     matrices: dict[str, StoredMatrix]
     vectors: dict[str, TensorInfo]
     leftovers: tuple[str, ...]
+    joined: Mapping[str, Joined] = field(default_factory=dict)
 
     @property
     def schemes(self) -> Counter[str]:

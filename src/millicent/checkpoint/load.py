@@ -7,7 +7,7 @@ kept as they are: a round trip through BF16 would lose bits for nothing.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from millicent.checkpoint.decode import decode_stored, read_codes
 from millicent.checkpoint.files import JoinedSource
 from millicent.checkpoint.folder import FETCH_AGAIN, show_some
 from millicent.checkpoint.header import TensorInfo
-from millicent.checkpoint.layout import StoredMatrix
+from millicent.checkpoint.layout import Joined, Layout, StoredMatrix
 from millicent.checkpoint.recognize import Component
 from millicent.errors import CheckpointError, WeightsMismatchError
 from millicent.formats.scaled import ScaledLinear
@@ -86,10 +86,29 @@ def read_parameters(component: Component, source: JoinedSource) -> Iterator[tupl
         for key, info in component.tensors.items():
             yield key, _check_finite(key, files.tensor(info))
         return
-    for key, info in component.layout.vectors.items():
+    yield from _join_pieces(_read_stored(component.layout, files), component.layout.joined)
+
+
+def _read_stored(layout: Layout, files: MappedFiles) -> Iterator[tuple[str, Tensor]]:
+    for key, info in layout.vectors.items():
         yield key, read_vector(key, info, files)
-    for layer, stored in component.layout.matrices.items():
+    for layer, stored in layout.matrices.items():
         yield from read_matrix(layer, stored, files).items()
+
+
+def _join_pieces(parameters: Iterable[tuple[str, Tensor]], joined: Mapping[str, Joined]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters as they come, those in pieces as soon as the last piece is there: in the widest dtype of its pieces."""
+    owners = {piece: key for key, join in joined.items() for piece in join.pieces}
+    held: dict[str, Tensor] = {}
+    for name, tensor in parameters:
+        if name not in owners:
+            yield name, tensor
+            continue
+        held[name] = tensor
+        join = joined[owners[name]]
+        if all(piece in held for piece in join.pieces):
+            yield owners[name], torch.stack([held.pop(piece) for piece in join.pieces], join.axis).reshape(join.shape)
+    assert not held, sorted(held)
 
 
 def read_vector(key: str, info: TensorInfo, files: MappedFiles) -> Tensor:
@@ -135,7 +154,7 @@ def load_network(module: nn.Module, component: Component, source: JoinedSource, 
         module.set_submodule(layer, linear)
         state |= {f"{layer}.{name}": buffer for name, buffer in linear.named_buffers()}
         kept += 1
-    fill(module, state, source.name)
+    fill(module, dict(_join_pieces(state.items(), component.layout.joined)), source.name)
     return kept
 
 

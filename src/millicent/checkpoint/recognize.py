@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from millicent.checkpoint import llama_cpp
 from millicent.checkpoint.architecture import (
     ALL_IN_ONE,
     LAYERED_MARKER,
@@ -26,6 +27,7 @@ from millicent.checkpoint.architecture import (
     transformer_config,
     transformer_tensors,
 )
+from millicent.checkpoint.converted import OWN_METADATA, VERSION, split_table, without_modulation
 from millicent.checkpoint.files import JoinedSource, WeightFiles, open_weights
 from millicent.checkpoint.header import Header, TensorInfo
 from millicent.checkpoint.layout import PLAIN_DTYPES, Decide, Layout, lay_out
@@ -36,7 +38,6 @@ Network = Literal["transformer", "text_encoder", "vae"]
 Tensors = Mapping[str, TensorInfo]
 ListTensors = Callable[[Mapping[str, Any]], dict[str, tuple[int, ...]]]
 
-OWN_METADATA = "millicent"  # JSON that `millicent convert` writes
 # a name that says that few-step distillation is in the weights already
 _DISTILLED = re.compile(r"lightning|turbo|rapid|distill|(?<![0-9])[48][-_ ]?steps?(?![a-z])", re.IGNORECASE)
 _STEPS = re.compile(r"(?<![0-9])(\d{1,2})[-_ ]?steps?(?![a-z])", re.IGNORECASE)
@@ -52,7 +53,8 @@ class Component:
 
     prefix: what stands before its names in the file. config: what config.json would say, as far as tensors tell.
     tensors: all that is its own, by its own names. layout: how they store its parameters; None for the VAE, which is always plain.
-    zero_cond_t: whether a mark says that it is 2511's kind; None where no mark does.
+    zero_cond_t: whether a mark says that it is 2511's kind; None where no mark does. table: a modulation table's tensors, where
+    `millicent convert` has put one in.
     """
 
     network: Network
@@ -62,6 +64,7 @@ class Component:
     layout: Layout | None
     marks: Marks
     zero_cond_t: bool | None = None
+    table: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,23 +133,30 @@ def _transformer(files: WeightFiles, prefix: str, part: Part, decide: Decide | N
         raise CheckpointError(
             f"{header.name} is Qwen-Image-Layered, which this version does not run.", "Use a Qwen-Image-Edit file."
         )
+    tensors, table = split_table(tensors) if OWN_METADATA in header.metadata else (tensors, {})
     config = files.config if "num_layers" in files.config else transformer_config(tensors, header.name)
+    expected = _expected(transformer_tensors, config, header.name)
+    if table and not _own_metadata(header).get("modulation_weights", True):
+        expected = without_modulation(expected)
     marks = read_marks(header, files.source, prefix, files.config.get("quantization_config"))
-    layout = lay_out(tensors, _expected(transformer_tensors, config, header.name), marks, header.name, decide)
-    return Component("transformer", prefix, config, tensors, layout, marks, _zero_cond_t(files, tensors))
+    layout = lay_out(tensors, expected, marks, header.name, decide)
+    return Component("transformer", prefix, config, tensors, layout, marks, _zero_cond_t(files, tensors), table)
 
 
 def _expected(list_tensors: ListTensors, config: Mapping[str, Any], name: str) -> dict[str, tuple[int, ...]]:
     try:
         return list_tensors(config)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"The config.json of {name} lacks {error}, or holds no number there.", "Fetch the folder again.") from error
+        raise CheckpointError(
+            f"The config.json of {name} lacks {error}, or holds no number there.", "Fetch the folder again."
+        ) from error
 
 
 def _zero_cond_t(files: WeightFiles, tensors: Tensors) -> bool | None:
     """A mark in the file, or the config beside it. Nothing in the shapes tells; that the mark is absent proves nothing."""
     said = files.config.get("zero_cond_t", _json(files.header, "config").get("zero_cond_t"))
-    said = _json(files.header, OWN_METADATA).get("zero_cond_t", said)
+    own = _own_metadata(files.header).get("zero_cond_t")
+    said = said if own is None else own
     marked = ZERO_COND_T_MARKER in tensors
     if marked and said is False:
         raise CheckpointError(
@@ -154,6 +164,17 @@ def _zero_cond_t(files: WeightFiles, tensors: Tensors) -> bool | None:
             "Use a file that says one thing.",
         )
     return True if marked else None if said is None else bool(said)
+
+
+def _own_metadata(header: Header) -> Mapping[str, Any]:
+    """What `millicent convert` has written. Raises CheckpointError for what a later version wrote."""
+    own = _json(header, OWN_METADATA)
+    if own.get("version", VERSION) != VERSION:
+        raise CheckpointError(
+            f"{header.name} was converted into version {own['version']} of millicent's layout; this one reads version {VERSION}.",
+            "Install a later millicent, or convert it again.",
+        )
+    return own
 
 
 def _json(header: Header, key: str) -> Mapping[str, Any]:
@@ -166,12 +187,25 @@ def _json(header: Header, key: str) -> Mapping[str, Any]:
 
 def _text_encoder(files: WeightFiles, prefix: str, decide: Decide | None) -> Component:
     header = files.header
+    if llama_cpp.is_text_encoder(header.tensors):
+        return _llama_cpp_text_encoder(files)
     tensors = text_encoder_names(strip_prefix(_own(header, prefix) if prefix else header.tensors, prefix, header.name))
     config = files.config if "vision_config" in files.config else text_encoder_config(tensors, header.name)
     marks = read_marks(header, files.source, prefix, files.config.get("quantization_config"))
     marks = Marks(marks.maker, {text_encoder_name(f"{layer}.").removesuffix("."): note for layer, note in marks.notes.items()})
     layout = lay_out(tensors, _expected(text_encoder_tensors, config, header.name), marks, header.name, decide)
     return Component("text_encoder", prefix, config, tensors, layout, marks)
+
+
+def _llama_cpp_text_encoder(files: WeightFiles) -> Component:
+    """The two files of llama.cpp's, which bear no marks."""
+    name = files.header.name
+    tensors = llama_cpp.own_names(files.header.tensors, name)
+    given = "vision_config" in files.config
+    config = files.config if given else text_encoder_config(llama_cpp.with_whole_patches(tensors), name)
+    stored, joined = llama_cpp.split(_expected(text_encoder_tensors, config, name), tensors)
+    layout = replace(lay_out(tensors, stored, Marks(None), name), joined=joined)
+    return Component("text_encoder", "", config, tensors, layout, Marks(None))
 
 
 def _vae(header: Header, prefix: str) -> Component:
@@ -206,7 +240,7 @@ def _refuse_lost_scales(name: str, component: Component, source: JoinedSource) -
 
 
 def _distilled(header: Header) -> Distilled | None:
-    if "distilled_steps" in (own := _json(header, OWN_METADATA)):
+    if "distilled_steps" in (own := _own_metadata(header)):
         steps = own["distilled_steps"]
         return Distilled(int(steps), "its metadata says so", is_certain=True) if steps else None
     name = re.split(r"[/\\]", header.name.rstrip("/\\"))[-1]

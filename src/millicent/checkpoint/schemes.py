@@ -282,6 +282,7 @@ KEEPABLE = {
     "bitsandbytes int8": ("weight", "SCB"),
     "quanto": ("weight._data", "weight._scale"),
 }
+_KEPT_DTYPES = ("F8_E4M3", "I8")
 # tensors that identify a layout which this version does not read, by the last piece of their names
 FOREIGN_PARTS = {
     "weight_s_rel": "comfy-kitchen's asym_w4a8_int8",
@@ -327,6 +328,14 @@ def _fits(scheme: Scheme, parts: Mapping[str, TensorInfo], shape: tuple[int, int
     if not scheme.needed.keys() <= parts.keys() <= wanted.keys():
         return False
     return all(wanted[suffix].fits(info, *shape) for suffix, info in parts.items())
+
+
+def keeps_codes(scheme: str, parts: Mapping[str, TensorInfo], shape: tuple[int, int], is_rotated: bool) -> bool:
+    """Whether a matrix stays as it is stored when it is loaded, as far as a header tells: a zero point it does not."""
+    if scheme not in KEEPABLE or is_rotated:
+        return False
+    codes, scale = (parts[suffix] for suffix in KEEPABLE[scheme])
+    return codes.dtype in _KEPT_DTYPES and any(SHAPES[each](scale.shape, *shape) for each in ("one per row", "one value"))
 
 
 def foreign_layout(parts: Mapping[str, TensorInfo]) -> str | None:

@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from millicent.checkpoint.convert import Conversion, Format, OnUnit, Report, check_target, convert_transformer, read_changes
+from millicent.checkpoint.convert import (
+    Conversion,
+    Format,
+    OnUnit,
+    Report,
+    check_target,
+    check_whole,
+    convert_transformer,
+    read_changes,
+)
 from millicent.checkpoint.converted import ConvertedMetadata, FusedLora
 from millicent.checkpoint.files import JoinedSource
 from millicent.checkpoint.fingerprint import file_sha256
@@ -69,16 +78,28 @@ def convert(source: str | Path, target: Path, request: ConvertRequest, on_unit: 
     found = _find_file(Path(source), request.zero_cond_t) if Path(source).is_file() else _find_model(source)
     if request.zero_cond_t not in (None, found.zero_cond_t):
         raise CheckpointError(f"{source} says of itself that zero_cond_t is {found.zero_cond_t}.", "Leave that option out.")
+    check_whole(found.component, found.source.name)
     asked, card = _plan(found, request)
     inputs = [*(Path(file.name) for file in found.source.files), *(lora for lora, _ in asked.loras)]
-    if found.folder is None:
-        _check_file(target, inputs)
-        return convert_transformer(found.component, found.source, target, asked, on_unit)
-    check_replaceable(target, [found.folder, *inputs])
-    read_changes(found.component, asked.loras)  # a LoRA that does not fit should not cost the copies
+    try:
+        if found.folder is None:
+            _check_file(target, inputs)
+            return convert_transformer(found.component, found.source, target, asked, on_unit)
+        check_replaceable(target, [found.folder, *inputs])
+        read_changes(found.component, asked.loras)  # a LoRA that does not fit should not cost the copies
+        return _convert_folder(found, found.folder, target, asked, card, on_unit)
+    except OSError as error:
+        raise OutputError(
+            f"{target} cannot be written: {error}.", "Mend that and run the same again: it goes on where it was."
+        ) from error
+
+
+def _convert_folder(
+    found: _Found, folder: Path, target: Path, asked: Conversion, card: ModelCard, on_unit: OnUnit | None
+) -> Report:
     work = working_folder(target)
     # before the transformer: when that is whole, nothing is left to be interrupted
-    copy_parts(found.folder, work, replace(card, lora=None), TRANSFORMER_FILE)
+    copy_parts(folder, work, replace(card, lora=None), TRANSFORMER_FILE)
     report = convert_transformer(found.component, found.source, work / TRANSFORMER_FILE, asked, on_unit)
     publish_folder(work, target)
     return replace(report, target=target)

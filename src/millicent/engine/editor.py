@@ -90,7 +90,7 @@ class Editor:
         """Draw every variant of a request. Raises InputError and its kinds for what this model cannot draw."""
         import torch
 
-        from millicent.engine import pipeline
+        from millicent.engine import modulation, pipeline
 
         model, card = self._model, self.card
         first_seed = secrets.randbelow(_DRAWN_SEEDS) if request.seed is None else request.seed
@@ -102,6 +102,7 @@ class Editor:
             with watch.stage("prepare"):
                 prepared = pipeline.prepare(request, model)
                 sigmas, schedule = pipeline.make_sigmas(request, model, prepared.height, prepared.width)
+                modulation.check_schedule(model.mmdit, sigmas)
             with watch.stage("encode"):
                 guidance = negative_prompt if true_cfg > 1 else None
                 conditioning = pipeline.encode(prepared, model, request.prompt, guidance)

@@ -12,9 +12,10 @@ from torch import nn
 
 from millicent.checkpoint.fingerprint import weights_sha256
 from millicent.checkpoint.folder import open_folder, read_json
-from millicent.checkpoint.load import fill, load_network, read_parameters
+from millicent.checkpoint.load import MappedFiles, fill, load_network, read_parameters
 from millicent.checkpoint.lora import fuse_loras
 from millicent.checkpoint.recognize import Network
+from millicent.engine.modulation import attach_stored
 from millicent.engine.parts import NETWORKS, FoundPart, check_memory, find_part, fused_steps, with_distillation
 from millicent.engine.sampler import BaseSchedule
 from millicent.errors import CheckpointError, IncompleteModelError, InputError, MachineError
@@ -109,6 +110,9 @@ def _load_mmdit(part: Path, found: FoundPart, dtype: torch.dtype, keep_codes: bo
     config = MMDiTConfig.from_dict(read_json(part / "config.json"))
     with torch.device("meta"):
         mmdit = MMDiT(config)
+    if found.component.table and "norm_out.linear.weight" not in found.component.tensors:
+        files = MappedFiles(found.source)
+        attach_stored(mmdit, {key: files.tensor(info) for key, info in found.component.table.items()}, dtype)
     load_network(mmdit, found.component, found.source, dtype, keep_codes)
     return mmdit.eval()
 

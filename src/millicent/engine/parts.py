@@ -14,7 +14,7 @@ from millicent.checkpoint.files import JoinedSource
 from millicent.checkpoint.folder import read_json
 from millicent.checkpoint.lora import lightning_steps
 from millicent.checkpoint.recognize import Component, Distilled, Network, Recognized, recognize
-from millicent.checkpoint.schemes import KEEPABLE
+from millicent.checkpoint.schemes import keeps_codes
 from millicent.errors import CheckpointError, IncompleteModelError, InputNotFoundError, MachineError
 from millicent.facts.models import ModelCard
 
@@ -132,8 +132,10 @@ def _bytes(component: Component, keep_codes: bool, dtype: torch.dtype) -> int:
         return sum(info.values for info in component.tensors.values()) * dtype.itemsize
     total = sum(info.values for info in component.layout.vectors.values()) * dtype.itemsize
     for stored in component.layout.matrices.values():
-        values = stored.shape[0] * stored.shape[1]
-        total += values * (1 if keep_codes and stored.scheme.name in KEEPABLE else dtype.itemsize)
+        rows, columns = stored.shape
+        is_kept = keep_codes and keeps_codes(stored.scheme.name, stored.parts, stored.shape, bool(stored.note.get("convrot")))
+        biases = rows * dtype.itemsize if len(stored.parameters) > 1 else 0
+        total += rows * columns * (1 if is_kept else dtype.itemsize) + biases
     return total
 
 

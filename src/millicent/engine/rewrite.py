@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
@@ -93,6 +94,12 @@ def to_toml(card: ModelCard) -> str:
 
 def publish_folder(work: Path, target: Path) -> None:
     """Give the whole folder its name; what had it is removed only when the new one is in its place."""
+    for path in work.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_folder(path)
     replaced = target.with_name(f"{target.name}.replaced")
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)

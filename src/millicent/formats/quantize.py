@@ -22,8 +22,8 @@ def quantize_rows(weight: Tensor, row_format: RowFormat) -> tuple[Tensor, Tensor
     scale = weight.abs().amax(1, keepdim=True) / largest
     # a row of zeros has zeros for codes under any scale; a subnormal scale has too few bits left to divide by
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
-    # the row's largest can come out a unit in the last place above the format's
-    steps = (weight / scale).clamp_(-largest, largest)
+    # the row's largest can come out a unit in the last place above the format's, to which rounding brings it back
+    steps = weight / scale
     if row_format == "int8":
         steps.round_()
     return steps.to(CODE_DTYPES[row_format]), scale
