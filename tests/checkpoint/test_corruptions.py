@@ -77,7 +77,8 @@ def load(path: Path, keep_codes: bool = True) -> None:
 def damage(written: zoo.Written, to: Path, change: Change) -> Path:
     """A copy with other tensors, everything else as it was; a new tensor goes where the layer is."""
     shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(written.path if written.path.is_dir() else written.path.parent, to)
+    beside = written.path if written.path.is_dir() else written.path.parent
+    shutil.copytree(beside, to, ignore=shutil.ignore_patterns("*.safetensors"))
     prefix = written.layout.prefix
     files = {path: load_file(path) for path in written.files}
     homes = {key.removeprefix(prefix): path for path, tensors in files.items() for key in tensors}
@@ -140,21 +141,35 @@ def test_a_missing_scale_is_refused(name: str, write: Write, tmp_path: Path) -> 
 def test_a_renamed_scale_is_refused(name: str, write: Write, tmp_path: Path) -> None:
     written = write(name)
     for suffix in scales_of(written):
-        for to in (
-            f"{LAYER}.{suffix}_",
-            f"{LAYER}.{suffix[:-1]}",
-            f"transformer_blocks.0.img_mlp.net.0.{suffix}",
-            f"_{LAYER}.{suffix}",
-        ):
+        for to in (f"{LAYER}.{suffix[:-1]}", f"transformer_blocks.0.img_mlp.net.0.{suffix}"):
             path = damage(written, tmp_path / "x", renamed(f"{LAYER}.{suffix}", to))
             refused(lambda path=path: recognize(path), LAYER, to)
+
+
+SPELLINGS = {
+    "comfy old": ("scale_weight", "weight_scale"),
+    "musubi [1]": ("scale_weight", "weight_scale"),
+    "musubi [N, nb, 1]": ("scale_weight", "weight_scale"),
+    "lightx2v fp8": ("weight_scale", "scale_weight"),
+    "lightx2v int8": ("weight_scale", "SCB"),
+    "compressed-tensors fp8": ("weight_scale", "scale_weight"),
+    "fine-grained fp8": ("weight_scale_inv", "weight_scale"),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_scale_in_another_maker_s_spelling_is_refused(name: str, write: Write, tmp_path: Path) -> None:
+    """The layer alone would be whole; beside the others it is not: SCB is divided by 127, weight_scale is not."""
+    old, new = SPELLINGS[name]
+    path = damage(write(name), tmp_path / "x", renamed(f"{LAYER}.{old}", f"{LAYER}.{new}"))
+    assert "no maker writes both" in refused(lambda: recognize(path), "x")
 
 
 @pytest.mark.parametrize("name", SAFETENSORS)
 def test_an_extra_scale_is_refused(name: str, write: Write, tmp_path: Path) -> None:
     written = write(name)
     held = parts_of(written)
-    for suffix in ("weight_scale", "scale_weight", "weight_scale_2", "weight_scale_inv", "weight_global_scale", "weight._scale"):
+    for suffix in ("weight_scale", "scale_weight", "weight_global_scale"):
         if suffix not in held:
             extra = {f"{LAYER}.{suffix}": torch.tensor(0.5)}
             path = damage(written, tmp_path / "x", lambda tensors, extra=extra: tensors.update(extra))

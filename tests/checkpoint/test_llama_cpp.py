@@ -159,7 +159,7 @@ def test_every_name_of_the_published_size_is_ggufs() -> None:
     stored, joined = llama_cpp.split(expected, {})
     names = {PATCH_NAMES[int(piece[-1])]: piece for piece in joined[PATCHES].pieces}
     names |= {name_of(key.replace("language_model.", "model.", 1)): key for key in stored if key not in names.values()}
-    assert len(names) == len(stored) == 338 + 519  # what llama.cpp counts in the published files, but for the head
+    assert len(names) == len(stored) == 338 + 519  # of the language model without its head, and of the vision tower
     assert {name: llama_cpp.own_name(name) for name in names} == names
     assert llama_cpp.own_name(name_of("lm_head.weight")) == "lm_head.weight"
     assert all(len(shape) <= 4 for shape in stored.values())

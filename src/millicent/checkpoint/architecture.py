@@ -145,7 +145,10 @@ def transformer_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]
 
 def text_encoder_names(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors by the names that transformers has in memory: language_model.* and visual.*; markers keep theirs."""
-    return {text_encoder_name(key): info for key, info in tensors.items()}
+    named = {text_encoder_name(key): info for key, info in tensors.items()}
+    if len(named) != len(tensors):
+        raise CheckpointError("A text encoder holds a tensor under both of its names.", "Use a file that holds each once.")
+    return named
 
 
 def text_encoder_name(key: str) -> str:
@@ -207,8 +210,9 @@ def _rows(tensors: Mapping[str, TensorInfo], layer: str, columns: int, name: str
 def _count(tensors: Mapping[str, TensorInfo], pattern: str, name: str) -> int:
     numbers = sorted({int(found[1]) for key in tensors if (found := re.match(pattern, key))})
     if numbers != list(range(len(numbers))):
-        absent = sorted(set(range(numbers[-1])) - set(numbers))
-        raise CheckpointError(f"{name} lacks the blocks {absent} below {numbers[-1]}.", "Fetch the whole file again.")
+        # one more than there are: a file may say any number
+        absent = next(number for number in range(len(numbers) + 1) if number not in numbers)
+        raise CheckpointError(f"{name} has a block {numbers[-1]}, but no block {absent}.", "Fetch the whole file again.")
     return len(numbers)
 
 

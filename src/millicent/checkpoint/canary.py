@@ -20,7 +20,7 @@ from millicent.checkpoint.layout import Decide, Layout, StoredMatrix
 from millicent.checkpoint.load import MappedFiles, read_matrix
 from millicent.checkpoint.recognize import Component
 from millicent.checkpoint.schemes import Scheme
-from millicent.errors import CheckpointError
+from millicent.errors import CheckpointError, WeightsMismatchError
 
 # of ||W' - W|| / ||W||, by number format; measured over several distributions of weights, with room for outliers
 MAX_ERROR = {
@@ -38,6 +38,8 @@ MAX_ERROR_4_BIT = 0.20
 MAX_ERROR_UNROTATED_INT8 = 0.12  # one scale for a whole matrix with outliers
 MAX_ERROR_E5M2 = 0.10
 MAX_NORM_RATIO = 1.02
+# std sqrt(K) of an attention weight, which is near 1 in trained transformers; the upper end is a std of 0.5 at K = 3072
+MIN_GAIN, MAX_GAIN = 0.05, 28
 # a fine-tune, or a LoRA that is fused in, moves weights by this much more; a wrong swizzle moves them further
 FINE_TUNED_ERROR = 0.10
 FINE_TUNED_NORM_RATIO = 1.25
@@ -70,10 +72,31 @@ def compare_with_base(component: Component, source: JoinedSource, base: Componen
             name = key.removesuffix(".weight")
             if name in base.layout.matrices:
                 truth = read_matrix(name, base.layout.matrices[name], base_files)[key]
+                if weight.shape != truth.shape:
+                    shapes = f"{tuple(weight.shape)}, and in the model {tuple(truth.shape)}"
+                    raise WeightsMismatchError(f"In {source.name} {name} is {shapes}.", "Use a file of this model's size.")
                 matches.append(measure(name, weight, truth, max_error(stored)))
                 if matches[-1].verdict == "another":
                     raise _refusal(source.name, matches[-1])
     return max(matches, key=lambda match: match.error)
+
+
+def check_magnitudes(component: Component, source: JoinedSource) -> None:
+    """Without a base to compare with: refuse attention weights that no trained network holds.
+
+    A lost scale of a whole matrix is off by 36 and more, and one that is applied in the wrong unit by 127. Raises CheckpointError for
+    a matrix of the first or last block.
+    """
+    assert component.layout is not None
+    files = MappedFiles(source)
+    for layer, stored in _ends(component.layout).items():
+        for key, weight in read_matrix(layer, stored, files).items():
+            gain = float(weight.float().std()) * weight.shape[-1] ** 0.5
+            if ".attn." in key and weight.ndim == 2 and not MIN_GAIN <= gain <= MAX_GAIN:
+                raise CheckpointError(
+                    f"{key} of {source.name} makes its input {gain:.2g} times as large; trained ones do so by {MIN_GAIN} to {MAX_GAIN}.",
+                    "Its scales are not what they seem: use another file.",
+                )
 
 
 def measure(layer: str, weight: Tensor, base: Tensor, limit: float) -> Match:

@@ -6,7 +6,7 @@ Its header's metadata has the key "millicent": JSON with
 
     version             of this layout
     format              fp8, int8 or bf16: what the blocks' matrices are stored as; the header decides how each is read
-    distilled_steps     of the few-step LoRA in the weights; 0 for none
+    distilled_steps     that few-step weights draw in if nothing else is asked; 0 for weights that are not distilled
     schedule, steps     that the table is for; steps is null without one
     modulation_table, modulation_weights    whether each is in the file
     zero_cond_t         as in config.json; null where nothing told

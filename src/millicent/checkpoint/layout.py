@@ -11,13 +11,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from millicent.checkpoint import nunchaku
 from millicent.checkpoint.folder import show_some
 from millicent.checkpoint.header import TensorInfo
 from millicent.checkpoint.marks import Marks
-from millicent.checkpoint.schemes import FLOATS, Scheme, Wanted, fitting_schemes, foreign_layout, near_misses
+from millicent.checkpoint.schemes import CODE_PARTS, FLOATS, Scheme, Wanted, fitting_schemes, foreign_layout, near_misses
 from millicent.errors import CheckpointError, WeightsMismatchError
 
 PLAIN_DTYPES = ("F32", "BF16", "F16", "F64")
@@ -320,7 +321,16 @@ def _check_unnoted(matrices: Mapping[str, StoredMatrix], leftovers: list[str], n
 
 
 def _check_one_maker(matrices: Mapping[str, StoredMatrix], name: str) -> None:
-    """Schemes that only some makers write, in one file: they must have a maker in common."""
+    """Schemes that only some makers write, in one file: they must have a maker in common. Likewise the names of scales.
+
+    A note is its layer's own word: ComfyUI's files mix what they note.
+    """
+    unnoted = {matrix.scheme.name: matrix.scheme for matrix in matrices.values() if not matrix.note}
+    spellings = {scheme.name: scheme.needed.keys() - CODE_PARTS for scheme in unnoted.values()}
+    spellings = {scheme: suffixes for scheme, suffixes in spellings.items() if suffixes}
+    for (a, own), (b, others) in combinations(spellings.items(), 2):
+        if not own & others:
+            raise CheckpointError(f"In {name} matrices are stored as {a} and as {b}: no maker writes both.", _FIX)
     claims = {matrix.scheme.name: matrix.scheme.makers for matrix in matrices.values() if matrix.scheme.makers}
     if claims and not set.intersection(*map(set, claims.values())):
         raise CheckpointError(f"In {name} matrices are stored as {' and as '.join(sorted(claims))}: no maker writes both.", _FIX)

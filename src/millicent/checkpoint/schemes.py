@@ -282,6 +282,8 @@ KEEPABLE = {
     "bitsandbytes int8": ("weight", "SCB"),
     "quanto": ("weight._data", "weight._scale"),
 }
+# by their names, the tensors of a layer that are no scales: codes, what is packed with them, and notes
+CODE_PARTS = frozenset({"weight", "qweight", "weight_packed", "_weight_qdata", "weight._data", "bias", "comfy_quant"})
 _KEPT_DTYPES = ("F8_E4M3", "I8")
 # tensors that identify a layout which this version does not read, by the last piece of their names
 FOREIGN_PARTS = {

@@ -145,6 +145,8 @@ def _plan(found: _Found, request: ConvertRequest) -> tuple[Conversion, ModelCard
     card = with_distillation(found.card, fused, own, request.loras)
     loras = (*((lora, 1.0) for lora in own), *request.loras)
     steps = _table_steps(found, card, request)
+    # what is drawn without being asked for must be what the table holds
+    card = card if steps is None else replace(card, steps=steps)
     metadata = ConvertedMetadata(
         format=request.format,
         distilled_steps=card.steps if card.schedule == "lightning" else 0,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from millicent.checkpoint.canary import compare_with_base, decide_by_base
+from millicent.checkpoint.canary import check_magnitudes, compare_with_base, decide_by_base
 from millicent.checkpoint.files import JoinedSource
 from millicent.checkpoint.folder import read_json
 from millicent.checkpoint.lora import lightning_steps
@@ -37,6 +37,7 @@ def find_part(network: Network, folder: Path, file: Path | None, model: Path) ->
     """Recognize the part of a model folder, or the file that stands in for it.
 
     A file's weights are compared with the folder's own, where the folder has them plain: then a layout that was read wrongly shows.
+    Without them only what is beyond all reason does.
     Raises CheckpointError and its kinds.
     """
     if file is None:
@@ -50,6 +51,8 @@ def find_part(network: Network, folder: Path, file: Path | None, model: Path) ->
         _check_variant(component, recognized.name, model)
     if base is not None and component.layout is not None:
         compare_with_base(component, recognized.source, base.components[network], base.source)
+    elif network == "transformer":
+        check_magnitudes(component, recognized.source)
     return FoundPart(component, recognized.source, recognized.distilled)
 
 
