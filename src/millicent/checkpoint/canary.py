@@ -84,8 +84,8 @@ def compare_with_base(component: Component, source: JoinedSource, base: Componen
 def check_magnitudes(component: Component, source: JoinedSource) -> None:
     """Without a base to compare with: refuse attention weights that no trained network holds.
 
-    A lost scale of a whole matrix is off by 36 and more, and one that is applied in the wrong unit by 127. Raises CheckpointError for
-    a matrix of the first or last block.
+    A lost scale of a whole matrix is off by 36 and more, one in the wrong unit by 127.
+    Raises CheckpointError for a matrix of the first or last block.
     """
     assert component.layout is not None
     files = MappedFiles(source)
@@ -94,7 +94,7 @@ def check_magnitudes(component: Component, source: JoinedSource) -> None:
             gain = float(weight.float().std()) * weight.shape[-1] ** 0.5
             if ".attn." in key and weight.ndim == 2 and not MIN_GAIN <= gain <= MAX_GAIN:
                 raise CheckpointError(
-                    f"{key} of {source.name} makes its input {gain:.2g} times as large; trained ones do so by {MIN_GAIN} to {MAX_GAIN}.",
+                    f"{key} of {source.name} makes its input {gain:.2g} times as large; {MIN_GAIN} to {MAX_GAIN} is usual.",
                     "Its scales are not what they seem: use another file.",
                 )
 

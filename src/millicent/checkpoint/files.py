@@ -43,15 +43,20 @@ class JoinedSource:
 
     def locate(self, begin: int) -> tuple[Source, int]:
         """The file that holds a byte, and the byte's place in it."""
-        number = bisect_right(self.begins, begin) - 1
+        number = min(bisect_right(self.begins, begin), len(self.files)) - 1
         return self.files[number], begin - self.begins[number]
 
     def read(self, begin: int, end: int) -> bytes:
-        """Bytes of one file: a tensor never reaches into the next."""
-        if begin == end:
-            return b""
-        file, place = self.locate(begin)
-        return file.read(place, place + end - begin)
+        """As Source.read; a tensor lies in one file, but what lies near it may not."""
+        pieces = []
+        while begin < end:
+            file, place = self.locate(begin)
+            count = min(end - begin, file.size_bytes - place)
+            if count <= 0:
+                count = end - begin  # past the last file, which then says so
+            pieces.append(file.read(place, place + count))
+            begin += count
+        return b"".join(pieces)
 
 
 def open_weights(where: str | Path, token: str | None = None) -> WeightFiles:

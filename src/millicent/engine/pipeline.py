@@ -126,7 +126,8 @@ def draw(
     references = conditioning.references.expand(count, -1, -1)
 
     def velocity(txt: Tensor, img: Tensor, timestep: Tensor) -> Tensor:
-        return model.mmdit(img, txt.expand(count, -1, -1), timestep, shapes)
+        # one for the whole batch: what depends on it alone is computed once, and is the same for one variant as for several
+        return model.mmdit(img, txt.expand(count, -1, -1), timestep[:1], shapes)
 
     def step(latents: Tensor, timestep: Tensor) -> Tensor:
         img = torch.cat([latents, references], 1)
