@@ -47,8 +47,9 @@ format: .venv-dev/ready ## put the code in shape
 docs: .venv-dev/ready ## write docs/cli.md again from the commands themselves
 	$(DEV)/python docs/write_cli.py
 
-bench: .venv-dev/ready ## time each stage of an edit on this machine
+bench: .venv-dev/ready ## time each stage of an edit, and loading, on this machine
 	$(DEV)/python -m benchmarks.edit
+	$(DEV)/python -m benchmarks.load
 
 clean: ## remove what make made
 	rm -rf .venv .venv-dev out .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -177,7 +177,8 @@ def main() -> None:
     if args.load:
         load(args.load, args.blocks)
         # not getrusage: that of a new process begins at its parent's
-        print(next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmHWM:")) * 1024)
+        lines = Path("/proc/self/status").read_text().splitlines()
+        print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
