@@ -300,7 +300,7 @@ def test_a_linear_that_is_left_plain_keeps_its_own_name(packer: ModuleType) -> N
 BAD: list[tuple[str, str, Any, str]] = [
     ("int4", "attn.to_qkv.wscales", torch.nan, "scales that are not finite and above 0"),
     ("int4", "attn.to_qkv.wscales", -1.0, "scales that are not finite and above 0"),
-    ("int4", "attn.to_qkv.smooth_factor", 0.0, "values that are not finite"),
+    ("int4", "attn.to_qkv.smooth_factor", 0.0, "scales that are not finite and above 0"),
     ("int4", "attn.to_qkv.proj_up", torch.inf, "values that are not finite"),
     ("int4", "attn.to_qkv.bias", torch.nan, "bias holds values that are not finite"),
     ("int4", "img_mlp.net.2.bias", torch.inf, "bias holds values that are not finite"),

@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -290,8 +291,11 @@ def test_ctrl_c_ends_with_130_and_leaves_the_older_file(picture: Path, tmp_path:
     command = [sys.executable, "-m", "millicent", "edit", str(picture), PROMPT, "-o", str(out), "--model", str(tiny_folder)]
     # a console of its own, so that the signal meets this process alone; far more steps than fit into the wait
     process = subprocess.Popen([*command, "--steps", "1000", "--size", "1024x1024"], stderr=subprocess.PIPE, start_new_session=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text():  # the command runs by then, however busy the machine is
+        time.sleep(0.1)
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=4)
+        process.wait(timeout=3)
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
