@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import draw_picture
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from millicent import demo
 from millicent.cli.app import main
@@ -126,6 +128,19 @@ def test_several_pictures_in_their_order(run: Run, picture: Path, tiny_folder: P
     assert run("edit", picture, PROMPT, "--image", other, "-o", both, *common).code == 0
     assert run("edit", other, PROMPT, "--image", picture, "-o", swapped, *common).code == 0
     assert pixels(both).shape[:2] > pixels(swapped).shape[:2]  # portrait as the last picture, then landscape
+
+
+def test_a_stand_in_is_warned_of_and_written_down(run: Run, picture: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    (stored,) = (tiny_folder / "transformer").glob("*.safetensors")
+    save_file({key: tensor.to(torch.float8_e4m3fn) for key, tensor in load_file(stored).items()}, tmp_path / "cast.safetensors")
+    edit = ("edit", picture, PROMPT, "-o", tmp_path / "out.png", "--model", tiny_folder, "--steps", 1)
+    ran = run(*edit, "--transformer", tmp_path / "cast.safetensors", "--json")
+    assert ran.code == 0
+    assert ran.err.startswith("warning: The transformer is cast to FP8 without scales")
+    (record,) = ran.json["outputs"]
+    assert record["files"] == {"transformer": str(tmp_path / "cast.safetensors")}
+    ran = run(*edit, "--transformer", tmp_path / "cast.safetensors", "-q")
+    assert (ran.code, ran.err) == (0, "")
 
 
 def test_standard_output_and_input(tiny_folder: Path, picture: Path, tmp_path: Path) -> None:

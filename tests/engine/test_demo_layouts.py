@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zoo
-from PIL import Image
 from safetensors.torch import load_file
 
 from millicent import EditRequest, demo, open_image

@@ -339,3 +339,14 @@ def test_every_file_of_a_stand_in_counts(write: Write, folder: Path, tmp_path: P
     last["proj_out.bias"] += 1
     save_file(last, blocks / "non_block.safetensors")
     assert Editor.open(folder, transformer=blocks, device="cpu").weights_sha256 != before
+
+
+def test_what_to_know_of_the_weights_is_told(folder: Path, write: Write, tmp_path: Path) -> None:
+    assert find(write("bf16").path, folder).warnings == ()
+    (cast,) = Editor.open(folder, transformer=write("raw e4m3").path, device="cpu").warnings
+    assert "cast to FP8 without scales" in cast
+    state = zoo.read_state(folder / "transformer")
+    key = "transformer_blocks.0.attn.to_q.weight"
+    save_file({**state, key: state[key] * 1.05}, tmp_path / "tuned.safetensors")
+    (tuned,) = find(tmp_path / "tuned.safetensors", folder).warnings
+    assert "as a fine-tune does: by 5.0% in transformer_blocks.0.attn.to_q" in tuned

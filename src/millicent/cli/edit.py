@@ -115,6 +115,8 @@ def edit(
             distilled_steps=distilled,
             device=device,
         )
+        for warning in () if quiet else editor.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
         result = editor.edit(request, on_progress)
     pictures = [with_alpha(drawn, sources[-1].image, request) for drawn in result.images] if alpha == "keep" else result.images
     stand_ins = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}

@@ -36,6 +36,7 @@ class Editor:
         self.name = name
         self.card: ModelCard = model.card
         self.weights_sha256: str = model.weights_sha256
+        self.warnings: tuple[str, ...] = model.warnings  # of the weights' quality
         self._model = model
 
     @classmethod

@@ -32,7 +32,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Everything that an edit runs on. schedule: how the folder's scheduler shifts the base schedule."""
+    """Everything that an edit runs on.
+
+    schedule: how the folder's scheduler shifts the base schedule. warnings: what to know of the weights.
+    """
 
     card: ModelCard
     mmdit: MMDiT
@@ -42,6 +45,7 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     weights_sha256: str
+    warnings: tuple[str, ...] = ()
 
     @property
     def pixels_per_token(self) -> int:
@@ -95,6 +99,7 @@ def load_model(
             loras,
             [(network, f) for network in files for f in parts[network].paths],
         ),
+        warnings=tuple(warning for part in parts.values() for warning in part.warnings),
     )
 
 

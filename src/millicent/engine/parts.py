@@ -27,6 +27,7 @@ class FoundPart:
     component: Component
     source: JoinedSource
     distilled: Distilled | None
+    warnings: tuple[str, ...] = ()
 
     @property
     def paths(self) -> list[Path]:
@@ -42,18 +43,22 @@ def find_part(network: Network, folder: Path, file: Path | None, model: Path) ->
     """
     if file is None:
         recognized = recognize(folder)
-        return FoundPart(_only(recognized, network), recognized.source, recognized.distilled)
+        return FoundPart(_only(recognized, network), recognized.source, recognized.distilled, recognized.warnings)
     base = _plain_base(folder, network)
     decide = None if base is None else decide_by_base(file, base.components[network], base.source)
     recognized = recognize(file, decide=decide)
     component = _only(recognized, network)
     if network == "transformer":
         _check_variant(component, recognized.name, model)
+    warnings = list(recognized.warnings)
     if base is not None and component.layout is not None:
-        compare_with_base(component, recognized.source, base.components[network], base.source)
+        match = compare_with_base(component, recognized.source, base.components[network], base.source)
+        if match.verdict == "fine-tuned":
+            told = f"by {match.error:.1%} in {match.layer}, which is more than its format explains"
+            warnings.append(f"{recognized.name} differs from {model} as a fine-tune does: {told}.")
     elif network == "transformer":
         check_magnitudes(component, recognized.source)
-    return FoundPart(component, recognized.source, recognized.distilled)
+    return FoundPart(component, recognized.source, recognized.distilled, tuple(warnings))
 
 
 def _only(recognized: Recognized, network: Network) -> Component:
