@@ -89,7 +89,7 @@ def test_a_lora_is_no_base(folder: Path, tmp_path: Path) -> None:
     lora = {f"{layer}.lora_{end}.weight": torch.zeros(4, 4) for layer in layers for end in ("down", "up")}
     save_file(lora, tmp_path / "lora.safetensors")
     for network in parts.NETWORKS:
-        with pytest.raises(CheckpointError, match=r"lora\.safetensors is a lora, not a"):
+        with pytest.raises(CheckpointError, match=r"lora\.safetensors is a LoRA, not a"):
             find_part(network, folder / network, tmp_path / "lora.safetensors", folder)
 
 

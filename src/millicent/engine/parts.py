@@ -63,8 +63,8 @@ def find_part(network: Network, folder: Path, file: Path | None, model: Path) ->
 
 def _only(recognized: Recognized, network: Network) -> Component:
     if network not in recognized.components:
-        what = recognized.part.replace("_", " ")
-        raise CheckpointError(f"{recognized.name} is a {what}, not a {network.replace('_', ' ')}.", "Give a file that is one.")
+        what, wanted = (part.replace("_", " ").replace("lora", "LoRA").replace("vae", "VAE") for part in (recognized.part, network))
+        raise CheckpointError(f"{recognized.name} is a {what}, not a {wanted}.", "Give a file that is one.")
     return recognized.components[network]
 
 
