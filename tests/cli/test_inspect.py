@@ -108,16 +108,18 @@ class RangeServer(ThreadingHTTPServer):
 
     path: Path
     sent = 0
+    tokens: set[str | None]
 
     def __init__(self, path: Path) -> None:
         super().__init__(("127.0.0.1", 0), RangeHandler)
-        self.path = path
+        self.path, self.tokens = path, set()
 
 
 class RangeHandler(BaseHTTPRequestHandler):
     server: RangeServer
 
     def do_GET(self) -> None:
+        self.server.tokens.add(self.headers["Authorization"])
         begin, end = (int(each) for each in self.headers["Range"].removeprefix("bytes=").split("-"))
         with self.server.path.open("rb") as file:
             file.seek(begin)
@@ -195,3 +197,15 @@ def test_a_whole_model_behind_a_url_costs_two_megabytes(
     assert found["layouts"] == {"transformer": layouts}
     assert found["variant"].startswith("unknown")
     assert 0 < server.sent < MAX_REMOTE_BYTES
+
+
+def test_the_hubs_token_goes_to_the_hub_alone(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve(demo.folder() / "lightning-4steps.safetensors")
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    run(f"{address}/lora.safetensors")
+    assert server.tokens == {None}
+    server.tokens.clear()
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    run(f"{address}/lora.safetensors")
+    assert server.tokens == {"Bearer hf_secret"}

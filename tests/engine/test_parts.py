@@ -20,7 +20,7 @@ from millicent.checkpoint.recognize import Distilled
 from millicent.edits import EditRequest
 from millicent.engine import parts
 from millicent.engine.editor import Editor
-from millicent.engine.parts import check_memory, find_part, fused_steps, with_distillation
+from millicent.engine.parts import check_memory, find_part, fused_steps, tell_expanded, with_distillation
 from millicent.errors import CheckpointError, InputNotFoundError, MachineError, WeightsMismatchError
 from millicent.facts.models import find_card
 from millicent.model.config import MMDiTConfig
@@ -350,3 +350,13 @@ def test_what_to_know_of_the_weights_is_told(folder: Path, write: Write, tmp_pat
     save_file({**state, key: state[key] * 1.05}, tmp_path / "tuned.safetensors")
     (tuned,) = find(tmp_path / "tuned.safetensors", folder).warnings
     assert "as a fine-tune does: by 5.0% in transformer_blocks.0.attn.to_q" in tuned
+
+
+def test_codes_that_do_not_stay_are_told(folder: Path, write: Write) -> None:
+    def tell(name: str, keep_codes: bool) -> list[str]:
+        return tell_expanded(zoo_part(write(name).path), keep_codes, torch.bfloat16)
+
+    assert tell("bf16", keep_codes=True) == tell("comfy old", keep_codes=True) == tell("raw e4m3", keep_codes=True) == []
+    assert tell("comfy old", keep_codes=False) == ["The transformer is stored as fp8 and expanded: it takes 0.0 GiB in bfloat16."]
+    (told,) = Editor.open(folder, transformer=write("comfy nvfp4").path, device="cpu").warnings
+    assert told == "The transformer is stored as nvfp4 and expanded: it takes 0.0 GiB in float32."

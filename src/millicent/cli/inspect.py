@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
+from millicent.checkpoint.hub import PUBLIC_HUB
 from millicent.checkpoint.inspection import Inspection, inspect_checkpoint
 
 
@@ -17,10 +19,10 @@ def inspect(
 ) -> None:
     """Tell what a checkpoint is and whether it loads, from its headers alone.
 
-    A file behind a URL is read by ranges, 2 MB of it at most. HF_TOKEN, if it is set, goes to that server as a login.
+    A file behind a URL is read by ranges, 2 MB of it at most. HF_TOKEN goes to the hub (HF_ENDPOINT) and nowhere else.
     The exit code is 30 where something would be refused.
     """
-    inspections = inspect_checkpoint(where, os.environ.get("HF_TOKEN"))
+    inspections = inspect_checkpoint(where, token_for(where))
     if as_json:
         found = [inspection.as_dict() for inspection in inspections]
         print(json.dumps(found[0] if len(found) == 1 else {"name": where, "parts": found}, indent=2))
@@ -28,6 +30,13 @@ def inspect(
         print("\n\n".join(show(inspection) for inspection in inspections))
     if any(inspection.refused for inspection in inspections):
         raise typer.Exit(30)
+
+
+def token_for(where: str) -> str | None:
+    """The hub's token, for an address at the hub alone: any other server could keep it."""
+    hub, asked = urlsplit(os.environ.get("HF_ENDPOINT") or PUBLIC_HUB), urlsplit(where)
+    is_hub = (asked.scheme, asked.netloc) == (hub.scheme, hub.netloc)
+    return os.environ.get("HF_TOKEN") or None if is_hub else None
 
 
 def show(inspection: Inspection) -> str:

@@ -16,7 +16,7 @@ from millicent.checkpoint.load import MappedFiles, fill, load_network, read_para
 from millicent.checkpoint.lora import fuse_loras
 from millicent.checkpoint.recognize import Network
 from millicent.engine.modulation import attach_stored
-from millicent.engine.parts import NETWORKS, FoundPart, check_memory, find_part, fused_steps, with_distillation
+from millicent.engine.parts import NETWORKS, FoundPart, check_memory, find_part, fused_steps, tell_expanded, with_distillation
 from millicent.engine.sampler import BaseSchedule
 from millicent.errors import CheckpointError, IncompleteModelError, InputError, MachineError
 from millicent.facts.models import ModelCard
@@ -99,7 +99,11 @@ def load_model(
             loras,
             [(network, f) for network in files for f in parts[network].paths],
         ),
-        warnings=tuple(warning for part in parts.values() for warning in part.warnings),
+        warnings=tuple(
+            warning
+            for network, part in parts.items()
+            for warning in (*part.warnings, *tell_expanded(part, keep_codes or network == "text_encoder", dtype))
+        ),
     )
 
 

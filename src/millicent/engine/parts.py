@@ -12,6 +12,7 @@ import torch
 from millicent.checkpoint.canary import check_magnitudes, compare_with_base, decide_by_base
 from millicent.checkpoint.files import JoinedSource
 from millicent.checkpoint.folder import read_json
+from millicent.checkpoint.layout import StoredMatrix
 from millicent.checkpoint.lora import lightning_steps
 from millicent.checkpoint.recognize import Component, Distilled, Network, Recognized, recognize
 from millicent.checkpoint.schemes import keeps_codes
@@ -141,10 +142,28 @@ def _bytes(component: Component, keep_codes: bool, dtype: torch.dtype) -> int:
     total = sum(info.values for info in component.layout.vectors.values()) * dtype.itemsize
     for stored in component.layout.matrices.values():
         rows, columns = stored.shape
-        is_kept = keep_codes and keeps_codes(stored.scheme.name, stored.parts, stored.shape, bool(stored.note.get("convrot")))
+        is_kept = _is_kept(stored, keep_codes)
         biases = rows * dtype.itemsize if len(stored.parameters) > 1 else 0
         total += rows * columns * (1 if is_kept else dtype.itemsize) + biases
     return total
+
+
+def _is_kept(stored: StoredMatrix, keep_codes: bool) -> bool:
+    return keep_codes and keeps_codes(stored.scheme.name, stored.parts, stored.shape, bool(stored.note.get("convrot")))
+
+
+def tell_expanded(part: FoundPart, keep_codes: bool, dtype: torch.dtype) -> list[str]:
+    """A line where a part's codes do not stay as they are: then it takes more memory than its file."""
+    if part.component.layout is None:
+        return []
+    matrices = part.component.layout.matrices.values()
+    # raw FP8 has a warning of its own
+    expanded = [m for m in matrices if m.scheme.name not in ("plain", "raw fp8") and not _is_kept(m, keep_codes)]
+    if not expanded:
+        return []
+    formats = " and ".join(sorted({matrix.scheme.format for matrix in expanded}))
+    taken = f"{_bytes(part.component, keep_codes, dtype) / _GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}"
+    return [f"The {part.component.network.replace('_', ' ')} is stored as {formats} and expanded: it takes {taken}."]
 
 
 def _free_host_bytes() -> int | None:
