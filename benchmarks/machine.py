@@ -5,23 +5,36 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("torch", "diffusers", "transformers")
+PACKAGES = ("torch", "diffusers", "transformers", "triton", "torchao")
 
 
 def describe_machine(device: torch.device) -> dict[str, object]:
     return {
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "versions": {name: version(name) for name in PACKAGES},
+        "driver": driver() if device.type == "cuda" else None,
+        "versions": {name: found for name in PACKAGES if (found := installed(name))},
         "commit": commit(),
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
     }
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def driver() -> str:
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def cpu_name() -> str:

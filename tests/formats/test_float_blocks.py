@@ -14,9 +14,9 @@ from torch import Tensor
 
 from millicent.errors import CheckpointError
 from millicent.formats.float_blocks import dequantize_blocks, dequantize_mxfp8, dequantize_nvfp4
-from millicent.formats.hadamard import largest_group, rotate
 from millicent.formats.packed import E2M1, decode_e2m1, decode_e8m0, decode_int4, unpack_nibbles
 from millicent.formats.swizzle import deswizzle, round_up, swizzle
+from millicent.kernels.hadamard import largest_group, rotate
 
 # rows that are no multiple of 128 and columns of no 64 come first, then whole tiles
 SHAPES = [(50, 96), (130, 208), (33, 100), (1, 16), (256, 128)]

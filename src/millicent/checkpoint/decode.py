@@ -21,7 +21,6 @@ from millicent.formats import gguf_blocks
 from millicent.formats.codebooks import NestedAbsmax, dequantize_4bit, dequantize_int8_rows, read_quant_state
 from millicent.formats.float_blocks import dequantize_blocks, dequantize_mxfp8, dequantize_nvfp4
 from millicent.formats.gguf_types import BLOCK_TYPES
-from millicent.formats.hadamard import DEFAULT_GROUP, largest_group, rotate
 from millicent.formats.packed import decode_int4, unpack_nibbles
 from millicent.formats.svdquant import (
     dequantize_awq,
@@ -31,6 +30,7 @@ from millicent.formats.svdquant import (
     unpack_vector,
     unshift_bias,
 )
+from millicent.kernels.hadamard import DEFAULT_GROUP, largest_group, rotate
 
 Parts = Mapping[str, Tensor]
 Shape = tuple[int, int]

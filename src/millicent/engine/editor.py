@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Self
 from millicent import demo
 from millicent.checkpoint.folder import open_folder, read_json
 from millicent.edits import EditRequest, EditResult, OnProgress, Progress, Stage, Timings
+from millicent.engine.planner import Plan
+from millicent.engine.settings import Settings
 from millicent.errors import IncompleteModelError, MissingExtraError, ModelNotFoundError
 from millicent.facts.models import ModelCard, find_card, read_card
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 DEMO_NAMES = ("demo", "demo-base")
 DEMO_BASE_STEPS = 20
+DEFAULT_SETTINGS = Settings()
 _DRAWN_SEEDS = 2**32  # a random seed is short enough to type again
 
 
@@ -37,6 +40,7 @@ class Editor:
         self.card: ModelCard = model.card
         self.weights_sha256: str = model.weights_sha256
         self.warnings: tuple[str, ...] = model.warnings  # of the weights' quality
+        self.plan: Plan | None = None if model.fast is None else model.fast.plan
         self._model = model
 
     @classmethod
@@ -51,6 +55,7 @@ class Editor:
         distilled_steps: int | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        settings: Settings = DEFAULT_SETTINGS,
     ) -> Self:
         """Load a model whole.
 
@@ -61,6 +66,7 @@ class Editor:
         distilled_steps: for a transformer whose name speaks of Lightning or of steps, how many it draws in; 0 if it is none.
         device: "auto" (the GPU where there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (BF16 on a GPU, FP32 on a CPU), "bf16" or "fp32".
+        settings: the number format of the transformer, and what may be approximated (engine/settings.py).
         Raises ModelNotFoundError, IncompleteModelError, WeightsMismatchError, CheckpointError, MissingExtraError, MachineError for
         too little memory, InputNotFoundError for a file that is not there.
         """
@@ -84,6 +90,7 @@ class Editor:
             [(Path(lora), strength) for lora, strength in loras],
             {network: Path(file) for network, file in stand_ins.items() if file is not None},
             distilled_steps,
+            settings,
         )
         return cls(name, loaded)
 
@@ -103,7 +110,10 @@ class Editor:
             with watch.stage("prepare"):
                 prepared = pipeline.prepare(request, model)
                 sigmas, schedule = pipeline.make_sigmas(request, model, prepared.height, prepared.width)
-                modulation.check_schedule(model.mmdit, sigmas)
+                if model.fast is None:
+                    modulation.check_schedule(model.mmdit, sigmas)
+                else:
+                    model.fast.modulation.mods(sigmas)
             with watch.stage("encode"):
                 guidance = negative_prompt if true_cfg > 1 else None
                 conditioning = pipeline.encode(prepared, model, request.prompt, guidance)

@@ -15,9 +15,14 @@ from millicent.checkpoint.folder import open_folder, read_json
 from millicent.checkpoint.load import MappedFiles, fill, load_network, read_parameters
 from millicent.checkpoint.lora import fuse_loras
 from millicent.checkpoint.recognize import Network
-from millicent.engine.modulation import attach_stored
+from millicent.engine import planner
+from millicent.engine.linears import linear_maker
+from millicent.engine.modulation import ModulationSource, attach_stored
 from millicent.engine.parts import NETWORKS, FoundPart, check_memory, find_part, fused_steps, tell_expanded, with_distillation
+from millicent.engine.planner import Plan
 from millicent.engine.sampler import BaseSchedule
+from millicent.engine.settings import Settings
+from millicent.engine.transformer import FastMMDiT
 from millicent.errors import CheckpointError, IncompleteModelError, InputError, MachineError
 from millicent.facts.models import ModelCard
 from millicent.model import text_encoder, vae
@@ -28,11 +33,31 @@ from millicent.model.vae import VAE
 
 # not FP16: the transformer's activations reach 1e7
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DEFAULT_SETTINGS = Settings()
+
+
+@dataclass(frozen=True, slots=True)
+class FastDrawing:
+    """The transformer laid out for its card; what Model.mmdit has left then is what stands before and after the blocks."""
+
+    plan: Plan
+    network: FastMMDiT
+    modulation: ModulationSource
+
+
+def lay_out(mmdit: MMDiT, plan: Plan, device: torch.device, dtype: torch.dtype) -> FastDrawing:
+    """Move a network to a device in a plan's formats, block by block; the network is left without its blocks."""
+    modulation = ModulationSource(mmdit, device, dtype)
+    for name in ("txt_norm", "img_in", "txt_in", "proj_out"):
+        mmdit.get_submodule(name).to(device)
+    maker = linear_maker(plan, mmdit.config.num_layers, device, dtype)
+    network = FastMMDiT(mmdit, maker, attention=plan.attention, reuse_reference=plan.reuse_reference)
+    return FastDrawing(plan, network, modulation)
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Everything that an edit runs on.
+    """Everything that an edit runs on. fast: None where the plain network draws.
 
     schedule: how the folder's scheduler shifts the base schedule. warnings: what to know of the weights.
     """
@@ -46,6 +71,7 @@ class Model:
     dtype: torch.dtype
     weights_sha256: str
     warnings: tuple[str, ...] = ()
+    fast: FastDrawing | None = None
 
     @property
     def pixels_per_token(self) -> int:
@@ -61,14 +87,17 @@ def load_model(
     loras: Sequence[tuple[Path, float]] = (),
     files: Mapping[Network, Path] = MappingProxyType({}),
     distilled_steps: int | None = None,
+    settings: Settings = DEFAULT_SETTINGS,
 ) -> Model:
     """Load every part of a diffusers-layout folder; fuse the card's LoRA and `loras`, each with its strength.
 
     files: stand in for a part of the folder, in any layout; the folder says which model they are. A Lightning LoRA among
     `loras`, or distillation in a transformer file, changes the card: it brings its steps and schedule, and guidance is off.
     distilled_steps: how many a transformer is distilled for whose name speaks of it, 0 for none.
-    Raises CheckpointError and its kinds, InputNotFoundError for a LoRA that is not there, MachineError for too little memory.
+    Raises CheckpointError and its kinds, InputNotFoundError for a LoRA that is not there, MachineError for too little memory
+    or a format that the card does not run.
     """
+    plan = None if dtype == torch.float32 and settings == DEFAULT_SETTINGS else planner.plan(settings, *_describe_card(device))
     folder = open_folder(path)
     if folder.pipeline != card.pipeline:
         raise CheckpointError(
@@ -81,13 +110,15 @@ def load_model(
     own = [] if card.lora is None or fused else [_find_lora(path, card.lora)]
     card = with_distillation(card, fused, own, loras)
     keep_codes = not own and not loras
-    check_memory([parts[network] for network in NETWORKS], keep_codes, dtype, device)
+    check_memory([parts[network] for network in NETWORKS], keep_codes, dtype, device, plan)
     mmdit = _load_mmdit(path / "transformer", transformer, dtype, keep_codes)
     if own or loras:
         fuse_loras(mmdit, [*((lora, 1.0) for lora in own), *loras])
+    fast = None if plan is None else lay_out(mmdit, plan, device, dtype)
     return Model(
         card=card,
         mmdit=mmdit.to(device),
+        fast=fast,
         vae=_load_vae(path / "vae", parts["vae"], dtype).to(device),
         text_encoder=_load_text_encoder(path, parts["text_encoder"], card, device, dtype),
         schedule=BaseSchedule.from_dict(read_json(path / "scheduler" / "scheduler_config.json")),
@@ -105,6 +136,12 @@ def load_model(
             for warning in (*part.warnings, *tell_expanded(part, keep_codes or network == "text_encoder", dtype))
         ),
     )
+
+
+def _describe_card(device: torch.device) -> tuple[planner.Capability | None, str]:
+    if device.type != "cuda":
+        return None, "this CPU"
+    return torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
 
 
 def _find_lora(path: Path, name: str) -> Path:

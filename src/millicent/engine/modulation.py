@@ -6,21 +6,28 @@ table of it would serve one size alone.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from millicent.checkpoint.converted import TABLE_PREFIX, table_of
 from millicent.checkpoint.write import DTYPE_NAMES, Entry
 from millicent.engine.sampler import lightning_sigmas, round_timestep
+from millicent.engine.transformer import Mods
 from millicent.errors import ScheduleError
 from millicent.model.config import MMDiTConfig
+from millicent.model.layers import FinalNorm
 from millicent.model.mmdit import MMDiT
 from millicent.model.modulation import (
     TIMESTEPS,
     ModulationTable,
+    TabulatedFinalNorm,
+    TabulatedModulation,
     TimestepRows,
     attach,
     embed_timesteps,
@@ -71,6 +78,56 @@ def attach_stored(mmdit: MMDiT, table: Mapping[str, Tensor], dtype: torch.dtype)
     """
     [name] = [name for name, stored in TABLE_DTYPES.items() if stored == dtype]
     attach(mmdit, ModulationTable.from_stored(table_of(table, name)))
+
+
+class ModulationSource:
+    """Tables for the schedules of edits, each computed on the device when it is first asked for.
+
+    The weights stay where the network was read to: mapped files on the host, which cost memory only while they are read. One
+    module's weights at a time pass through the device, and its vectors are the network's own, bit for bit.
+    """
+
+    _KEPT_SCHEDULES = 4
+
+    def __init__(self, mmdit: MMDiT, device: torch.device, dtype: torch.dtype) -> None:
+        """Takes a network before its blocks are taken apart."""
+        self._config, self._device, self._dtype = mmdit.config, device, dtype
+        self._modules = {name: mmdit.get_submodule(name) for name in table_shapes(mmdit, 1)}
+        self._embed = mmdit.embed
+        self._rows = mmdit.time_text_embed if isinstance(mmdit.time_text_embed, TimestepRows) else None
+        mmdit.time_text_embed.to(device)
+        self._made: OrderedDict[tuple[float, ...], Mods] = OrderedDict()
+
+    @torch.no_grad()
+    def mods(self, sigmas: Sequence[float]) -> tuple[Mods, list[int]]:
+        """The table for an edit's sigmas, the final 0 included, and the row of each step. Raises as check_schedule."""
+        timesteps = rounded_timesteps(sigmas, self._dtype)
+        wanted = (*timesteps.tolist(),) if self._rows is None else self._rows.timesteps
+        if wanted not in self._made:
+            table = ModulationTable(wanted, {name: self._vectors(name, timesteps) for name in self._modules})
+            self._made[wanted] = Mods.lay_out(table, self._config.num_layers)
+        self._made.move_to_end(wanted)
+        while len(self._made) > self._KEPT_SCHEDULES:
+            self._made.popitem(last=False)
+        made = self._made[wanted]
+        rows = TimestepRows(made.timesteps, self._dtype)
+        one = torch.empty(1, dtype=self._dtype)
+        return made, [rows.find(float(round_timestep(torch.tensor(sigma), one))) for sigma in sigmas[:-1]]
+
+    def _vectors(self, name: str, timesteps: Tensor) -> Tensor:
+        module = self._modules[name]
+        if isinstance(module, TabulatedFinalNorm):
+            module = module.table
+        if isinstance(module, TabulatedModulation):
+            return module.vectors.to(self._device)
+        linear = module.linear if isinstance(module, FinalNorm) else module[1]  # type: ignore[index]
+        assert isinstance(linear, nn.Module)
+        state = {key: tensor.to(self._device, non_blocking=True) for key, tensor in linear.state_dict().items()}
+        made = []
+        for timestep in timesteps.to(self._device).split(1):
+            img_vec, txt_vec = self._embed(timestep, self._dtype)
+            made.append(functional_call(linear, state, (F.silu(img_vec if name.endswith("img_mod") else txt_vec),)))
+        return torch.cat(made)
 
 
 class LightningTable:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from millicent.checkpoint.architecture import transformer_tensors
 from millicent.checkpoint.canary import check_magnitudes, compare_with_base, decide_by_base
+from millicent.checkpoint.converted import sees_timestep_alone
 from millicent.checkpoint.files import JoinedSource
 from millicent.checkpoint.folder import read_json
 from millicent.checkpoint.layout import StoredMatrix
 from millicent.checkpoint.lora import lightning_steps
 from millicent.checkpoint.recognize import Component, Distilled, Network, Recognized, recognize
 from millicent.checkpoint.schemes import keeps_codes
+from millicent.engine.planner import FORMAT_BYTES, Plan
 from millicent.errors import CheckpointError, IncompleteModelError, InputNotFoundError, MachineError
 from millicent.facts.models import ModelCard
 
@@ -125,15 +129,35 @@ def fused_steps(found: Distilled | None, said_steps: int | None) -> int | None:
     )
 
 
-def check_memory(parts: Sequence[FoundPart], keep_codes: bool, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises MachineError where the weights alone are more than the device has free."""
-    needed = sum(_bytes(part.component, keep_codes or part.component.network == "text_encoder", dtype) for part in parts)
+def check_memory(
+    parts: Sequence[FoundPart], keep_codes: bool, dtype: torch.dtype, device: torch.device, plan: Plan | None = None
+) -> None:
+    """Raises MachineError where the weights alone are more than the device has free. plan: of the transformer."""
+    needed = sum(
+        _bytes(part.component, keep_codes or part.component.network == "text_encoder", dtype)
+        if plan is None or part.component.network != "transformer"
+        else _planned_bytes(part.component, plan, dtype)
+        for part in parts
+    )
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
     if free is not None and needed > free:
         raise MachineError(
             f"The weights take {needed / _GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}, and {free / _GIB:.1f} GiB are free.",
             "Use a card with more memory, or weights in FP8 or INT8, which are kept as they are.",
         )
+
+
+def _planned_bytes(component: Component, plan: Plan, dtype: torch.dtype) -> int:
+    """Of a transformer in a plan's formats, whose modulation is a table of a few megabytes."""
+    layers = int(component.config["num_layers"])
+    total = 0.0
+    for name, shape in transformer_tensors(component.config).items():
+        if sees_timestep_alone(name):
+            continue
+        is_matrix = len(shape) == 2 and name.startswith("transformer_blocks.")
+        planned = plan.format_of(name.removesuffix(".weight"), layers) if is_matrix else "bf16"
+        total += math.prod(shape) * (dtype.itemsize if planned == "bf16" else FORMAT_BYTES[planned])
+    return math.ceil(total)
 
 
 def _bytes(component: Component, keep_codes: bool, dtype: torch.dtype) -> int:

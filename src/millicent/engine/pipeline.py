@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from millicent.edits import EditRequest
-from millicent.engine.loading import Model
+from millicent.engine.loading import FastDrawing, Model
 from millicent.engine.sampler import base_sigmas, denoise, guide, lightning_sigmas
 from millicent.errors import CheckpointError, InputError, SizeError
 from millicent.facts.models import ModelCard
@@ -121,8 +121,24 @@ def draw(
     true_cfg: float,
     on_step: OnStep | None = None,
 ) -> Latents:
-    """Denoise one variant for each seed, all in one batch; with a negative prompt, two forwards a step."""
-    shapes, count, steps = list(conditioning.img_shapes), len(seeds), len(sigmas) - 1
+    """Denoise one variant for each seed; with a negative prompt, two forwards a step."""
+    height, width = conditioning.img_shapes[0]
+    noise = pack(make_noise(seeds, model, PATCH * height, PATCH * width))
+    steps = len(sigmas) - 1
+    if model.fast is None:
+        tell = None if on_step is None else lambda number: on_step(number, steps)
+        drawn = denoise(_plain_step(conditioning, model, len(seeds), true_cfg), noise, sigmas, tell)
+    else:
+        # one at a time: at these sizes one picture fills a card
+        drawn = torch.cat([_draw_fast(conditioning, model.fast, row, sigmas, true_cfg, on_step) for row in noise.split(1)])
+    return Latents(unpack(drawn, height, width))
+
+
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+def _plain_step(conditioning: Conditioning, model: Model, count: int, true_cfg: float) -> Step:
+    shapes = list(conditioning.img_shapes)
     references = conditioning.references.expand(count, -1, -1)
 
     def velocity(txt: Tensor, img: Tensor, timestep: Tensor) -> Tensor:
@@ -136,10 +152,26 @@ def draw(
             return positive
         return guide(positive, velocity(conditioning.negative, img, timestep), true_cfg)
 
-    height, width = shapes[0]
-    noise = make_noise(seeds, model, PATCH * height, PATCH * width)
-    tell = None if on_step is None else lambda number: on_step(number, steps)
-    return Latents(unpack(denoise(step, pack(noise), sigmas, tell), height, width))
+    return step
+
+
+def _draw_fast(
+    conditioning: Conditioning, fast: FastDrawing, noise: Tensor, sigmas: Sequence[float], true_cfg: float, on_step: OnStep | None
+) -> Tensor:
+    mods, rows = fast.modulation.mods(sigmas)
+    texts = [conditioning.positive, *([] if conditioning.negative is None else [conditioning.negative])]
+    drawings = [
+        fast.network.start(txt, conditioning.references, conditioning.img_shapes, mods, slot) for slot, txt in enumerate(texts)
+    ]
+    row = iter(rows)
+
+    def step(latents: Tensor, _timestep: Tensor) -> Tensor:
+        number = next(row)
+        velocities = [drawing.step(latents, number) for drawing in drawings]
+        return velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], true_cfg)
+
+    tell = None if on_step is None else lambda number: on_step(number, len(rows))
+    return denoise(step, noise, sigmas, tell)
 
 
 def make_noise(seeds: Sequence[int], model: Model, height: int, width: int) -> Tensor:

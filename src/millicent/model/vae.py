@@ -30,18 +30,25 @@ class ChannelNorm(nn.Module):
         return F.normalize(x.float(), dim=1).to(x.dtype) * x.shape[1] ** 0.5 * self.gamma
 
 
+class NormSiLU(ChannelNorm):
+    """The norm and the SiLU after it, as one module, so that one kernel can stand in for both."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x))
+
+
 class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = ChannelNorm(in_channels)
+        self.norm1 = NormSiLU(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = ChannelNorm(out_channels)
+        self.norm2 = NormSiLU(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        update = self.conv1(F.silu(self.norm1(x)))
-        update = self.conv2(F.silu(self.norm2(update)))
+        update = self.conv1(self.norm1(x))
+        update = self.conv2(self.norm2(update))
         return self.conv_shortcut(x) + update
 
 
@@ -102,14 +109,14 @@ class Encoder(nn.Module):
             if level < len(config.dim_mult) - 1:
                 self.down_blocks.append(Downsample(out_channels))
         self.mid_block = MidBlock(widths[-1])
-        self.norm_out = ChannelNorm(widths[-1])
+        self.norm_out = NormSiLU(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_dim, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid_block(x))))
+        return self.conv_out(self.norm_out(self.mid_block(x)))
 
 
 class UpBlock(nn.Module):
@@ -136,14 +143,14 @@ class Decoder(nn.Module):
             halved = in_channels if level == 0 else in_channels // 2  # each upsampler halves the channels
             upsample = level < len(config.dim_mult) - 1
             self.up_blocks.append(UpBlock(halved, out_channels, config.num_res_blocks, upsample))
-        self.norm_out = ChannelNorm(widths[-1])
+        self.norm_out = NormSiLU(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.input_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))
 
 
 class VAE(nn.Module):

@@ -1,0 +1,117 @@
+"""Millicent's side of benchmarks.peers: each format, attention and reuse as a system that is opened, measured and closed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import diffusers
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.peers import Job, Opener, System
+from benchmarks.true_size import make_card, to_millicent
+from millicent.edits import EditRequest
+from millicent.engine import pipeline as stages_of
+from millicent.engine.editor import Editor
+from millicent.engine.loading import Model, lay_out
+from millicent.engine.planner import plan
+from millicent.engine.settings import Settings
+
+SYSTEMS = {
+    "millicent bf16": Settings(format="bf16"),
+    "millicent fp8": Settings(format="fp8"),
+    "millicent fp8, 8-bit attention": Settings(format="fp8", attention="int8"),
+    "millicent fp8, reuse": Settings(format="fp8", reuse_reference=True),
+    "millicent fp8, 8-bit attention, reuse": Settings(format="fp8", attention="int8", reuse_reference=True),
+    "millicent int8": Settings(format="int8"),
+}
+
+
+def millicent_systems(pipeline: diffusers.QwenImageEditPlusPipeline, job: Job) -> dict[str, Opener]:
+    """Openers by name; on a CPU the exact ones, for their pictures."""
+    device = pipeline.transformer.device
+    shown = SYSTEMS if device.type == "cuda" else {"millicent bf16": SYSTEMS["millicent bf16"]}
+
+    def opener(name: str, settings: Settings) -> Opener:
+        return lambda: open_system(pipeline, job, name, settings)
+
+    return {name: opener(name, settings) for name, settings in shown.items()}
+
+
+@torch.inference_mode()
+def open_system(pipeline: diffusers.QwenImageEditPlusPipeline, job: Job, name: str, settings: Settings) -> System:
+    model = to_millicent(pipeline, make_card(job.size))
+    device = model.device
+    is_cuda = device.type == "cuda"
+    chosen = plan(settings, torch.cuda.get_device_capability() if is_cuda else None, "this card")
+    assert chosen is not None
+    model = dataclasses.replace(model, fast=lay_out(model.mmdit, chosen, device, model.dtype))
+    editor = Editor(name, model)
+    request = EditRequest(images=(job.picture,), prompt=job.prompt, steps=job.steps, schedule="lightning", seed=job.seed)
+    return System(
+        name=name,
+        format=settings.format or "bf16",
+        step=_step(model, job),
+        edit=lambda: editor.edit(request).image,
+        stages=lambda: _stages(model, request, job),
+        close=lambda: None,
+    )
+
+
+def _step(model: Model, job: Job) -> Callable[[], Tensor]:
+    """A step at the job's timestep; with reuse a later one, after a first that keeps the references."""
+    assert model.fast is not None
+    fast = model.fast
+    mods, rows = fast.modulation.mods([float(job.timestep), 0.0])
+    target = job.target_tokens
+    drawing = None
+    for _ in range(2):  # a shape that comes again is captured
+        drawing = fast.network.start(job.txt, job.img[:, target:], job.img_shapes, mods)
+        drawing.step(job.img[:, :target], rows[0])
+    assert drawing is not None
+
+    @torch.inference_mode()
+    def step() -> Tensor:
+        return drawing.step(job.img[:, :target], rows[0])
+
+    return step
+
+
+@torch.inference_mode()
+def _stages(model: Model, request: EditRequest, job: Job) -> dict[str, float]:
+    """Milliseconds of one edit's stages."""
+    marks = [_now(model)]
+    prepared = stages_of.prepare(request, model)
+    marks.append(_now(model))
+    model.text_encoder.encode([request.prompt], [prepared.encoder_images])
+    marks.append(_now(model))
+    for pixels in prepared.references:
+        model.vae.encode(pixels.to(model.device, model.dtype))
+    marks.append(_now(model))
+    conditioning = stages_of.encode(prepared, model, request.prompt, None)
+    sigmas, _ = stages_of.make_sigmas(request, model, prepared.height, prepared.width)
+    began = _now(model)
+    latents = stages_of.draw(conditioning, model, sigmas, (job.seed,), 1.0)
+    drawn = _now(model)
+    pixels = model.vae.decode(latents.tensor)
+    decoded = _now(model)
+    image: Image.Image = stages_of.to_image(pixels[0])
+    assert image.size
+    done = time.perf_counter()
+    return {
+        "prepare": 1e3 * (marks[1] - marks[0]),
+        "text": 1e3 * (marks[2] - marks[1]),
+        "vae_encode": 1e3 * (marks[3] - marks[2]),
+        "denoise": 1e3 * (drawn - began),
+        "vae_decode": 1e3 * (decoded - drawn),
+        "to_pil": 1e3 * (done - decoded),
+    }
+
+
+def _now(model: Model) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,314 @@
+"""The transformer's forward pass as a card likes it: few launches, no copy that is not needed, weights in a number format.
+
+The same network as model/mmdit.py, whose weights it takes over, laid out anew:
+
+- Both streams lie in one buffer, references first, then the target, then the text, so that what works on single tokens is one
+  launch for both, and attention reads queries, keys and values where the projections wrote them. Attention does not see order.
+- q, k and v of a stream are one product. What the timestep alone decides comes from a table (model/modulation.py).
+- Between two products stands one kernel (kernels/): gate, residual, norm, modulation and codes in one pass.
+- Of the last block only the target's tokens are drawn from; the others give it their keys and values and no more.
+- Pictures and text come in once for each edit, not once a step. A shape that comes again is captured as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from millicent.kernels import Code, Kernels, Rows, choose
+from millicent.model.layers import Block, make_rope
+from millicent.model.mmdit import MMDiT
+from millicent.model.modulation import FINAL, ModulationTable
+
+Attention = Literal["cudnn", "flash", "math", "int8"]
+_KEPT_SHAPES = 4
+_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+
+
+class RowLinear(Protocol):
+    """What formats/ has for each number format; `code` and `group` say how the rows must come."""
+
+    @property
+    def code(self) -> Code: ...
+
+    @property
+    def group(self) -> int: ...
+
+    out_features: int
+
+    def matmul(self, values: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor: ...
+
+
+MakeLinear = Callable[[str, Sequence[nn.Module]], RowLinear]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The same projection of both streams; their rows come in the same code."""
+
+    img: RowLinear
+    txt: RowLinear
+
+    def __post_init__(self) -> None:
+        assert (self.img.code, self.img.group) == (self.txt.code, self.txt.group)
+
+    @property
+    def taking(self) -> tuple[Code, int]:
+        return self.img.code, self.img.group
+
+    def __call__(self, rows: Rows, img_rows: int, dtype: torch.dtype, side: torch.cuda.Stream | None) -> Tensor:
+        """rows (M, K), the first `img_rows` of pictures -> (M, N). side: runs the text's small product beside the large one."""
+        values, scale = rows
+        out = torch.empty((len(values), self.img.out_features), dtype=dtype, device=values.device)
+        if side is not None:
+            side.wait_stream(torch.cuda.current_stream())
+        for linear, part in ((self.img, slice(None, img_rows)), (self.txt, slice(img_rows, None))):
+            if len(out[part]):
+                with torch.cuda.stream(side if linear is self.txt else None):
+                    linear.matmul(values[part], None if scale is None else scale[part], out[part])
+        if side is not None:
+            torch.cuda.current_stream().wait_stream(side)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class FastBlock:
+    """qk_norms: (2, 2, d), of q and k for pictures, then for text."""
+
+    qkv: Pair
+    out: Pair
+    up: Pair
+    down: Pair
+    qk_norms: Tensor
+
+
+def make_block(block: Block, name: str, make_linear: MakeLinear) -> FastBlock:
+    """A block's weights in their formats. name: of the block, to which a linear's own is added."""
+    attn = block.attn
+
+    def pair(img: str, txt: str) -> Pair:
+        made = []
+        for names in (img, txt):
+            modules = [block.get_submodule(part) for part in names.split()]
+            made.append(make_linear(f"{name}.{names.split()[0]}", modules))
+        return Pair(*made)
+
+    norms = [attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k]
+    return FastBlock(
+        qkv=pair("attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"),
+        out=pair("attn.to_out.0", "attn.to_add_out"),
+        up=pair("img_mlp.net.0.proj", "txt_mlp.net.0.proj"),
+        down=pair("img_mlp.net.2", "txt_mlp.net.2"),
+        qk_norms=torch.stack([norm.weight for norm in norms]).unflatten(0, (2, 2)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Mods:
+    """A modulation table as the kernels read it.
+
+    timesteps: S of them. blocks: (S, blocks, 3, 6, D), of references, target and text; shift, scale and gate of attention, then
+    of the MLP. final: (S, 2, D), the last norm's scale, then its shift.
+    """
+
+    timesteps: tuple[float, ...]
+    blocks: Tensor
+    final: Tensor
+
+    @classmethod
+    def lay_out(cls, table: ModulationTable, num_layers: int) -> Self:
+        blocks = []
+        for number in range(num_layers):
+            img = table.vectors[f"transformer_blocks.{number}.img_mod"]
+            txt = table.vectors[f"transformer_blocks.{number}.txt_mod"]
+            # with zero_cond_t the second row is the references'
+            blocks.append(torch.cat([img[:, -1:], img[:, :1], txt], 1).unflatten(-1, (6, -1)))
+        return cls(table.timesteps, torch.stack(blocks, 1), table.vectors[FINAL][:, 0].unflatten(-1, (2, -1)).contiguous())
+
+
+class FastMMDiT:
+    """The transformer, ready to draw.
+
+    reuse_reference: keys and values of the references are computed at the first step alone. An approximation: the true ones
+    follow the noise, which the references see. attention: "int8" is an approximation, the others are exact. uses_graphs,
+    overlaps_text: capture steps as CUDA graphs, with the text's products beside the pictures'.
+    """
+
+    def __init__(
+        self,
+        mmdit: MMDiT,
+        make_linear: MakeLinear,
+        *,
+        attention: Attention,
+        reuse_reference: bool = False,
+        uses_graphs: bool = True,
+        overlaps_text: bool = True,
+        kernels: Kernels | None = None,
+    ) -> None:
+        """Takes the blocks' weights over, one block at a time, and leaves the network without its blocks."""
+        self.config = mmdit.config
+        self.attention = attention
+        self.reuse_reference = reuse_reference
+        self.edges = mmdit  # what stands before and after the blocks stays as it is
+        self.dtype, self.device = mmdit.img_in.weight.dtype, mmdit.img_in.weight.device
+        self.kernels = choose(self.device) if kernels is None else kernels
+        self.uses_graphs = uses_graphs and self.device.type == "cuda"
+        self.overlaps_text = overlaps_text
+        # one picture is drawn after another, so that their graphs may share memory
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
+        self._drawings: OrderedDict[tuple[object, ...], Drawing] = OrderedDict()
+        self.blocks: list[FastBlock] = []
+        taken, mmdit.transformer_blocks = list(mmdit.transformer_blocks), nn.ModuleList()
+        for number in range(len(taken)):
+            block = taken[number]
+            assert isinstance(block, Block)
+            self.blocks.append(make_block(block, f"transformer_blocks.{number}", make_linear))
+            taken[number] = nn.Identity()  # lets the block's own weights go
+
+    def start(self, txt: Tensor, references: Tensor, img_shapes: Sequence[tuple[int, int]], mods: Mods, slot: int = 0) -> Drawing:
+        """One picture's drawing. txt (1, T, C) of the encoder; references (1, R, 64); img_shapes as MMDiT.forward's.
+
+        slot: tells drawings apart that go on at the same time, as with guidance; the one before in a slot has ended.
+        """
+        key = (tuple(img_shapes), txt.shape[1], slot)
+        drawing = self._drawings.pop(key, None) or Drawing(self, list(img_shapes), txt.shape[1])
+        self._drawings[key] = drawing  # the last one used is the last in order
+        while len(self._drawings) > _KEPT_SHAPES:
+            self._drawings.popitem(last=False)
+        drawing.begin(txt, references, mods)
+        return drawing
+
+
+class Drawing:
+    """One picture after another of the same shapes: buffers that stay where they are, so that a graph can be replayed on them."""
+
+    def __init__(self, network: FastMMDiT, img_shapes: list[tuple[int, int]], txt_tokens: int) -> None:
+        config = network.config
+        self.network = network
+        self.target = img_shapes[0][0] * img_shapes[0][1]
+        self.references, self.begun = sum(h * w for h, w in img_shapes[1:]), 0
+        rope = make_rope(img_shapes, txt_tokens, config.axes_dims_rope, network.device)
+        order = [slice(self.target, None), slice(None, self.target)]  # references first here, the target first there
+        self.cos = torch.cat([*(rope.img_cos[part] for part in order), rope.txt_cos])
+        self.sin = torch.cat([*(rope.img_sin[part] for part in order), rope.txt_sin])
+        self.heads = (3, config.num_attention_heads, config.attention_head_dim)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=network.dtype, device=network.device)
+
+        self.latents = empty(self.target, config.in_channels)
+        self.reference_rows, self.txt_rows = empty(self.references, config.dim), empty(txt_tokens, config.dim)
+        self.mods, self.final = empty(config.num_layers, 3, 6, config.dim), empty(2, config.dim)
+        kept_blocks = config.num_layers if network.reuse_reference and self.references else 0
+        self.kept = [empty(self.references, 2, *self.heads[1:]) for _ in range(kept_blocks)]
+        self.holds_kept = False
+        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def begin(self, txt: Tensor, references: Tensor, mods: Mods) -> None:
+        """The next picture. txt (1, T, C), references (1, R, 64)."""
+        edges = self.network.edges
+        assert references.shape[1] == self.references, "img_shapes must cover every reference token"
+        self.reference_rows.copy_(edges.img_in(references[0]))
+        self.txt_rows.copy_(edges.txt_in(edges.txt_norm(txt[0])))
+        self.table, self.holds_kept, self.begun = mods, False, self.begun + 1
+
+    def step(self, latents: Tensor, row: int) -> Tensor:
+        """The velocity (1, target, 64) of latents (1, target, 64), at the table's timestep number `row`."""
+        self.latents.copy_(latents[0])
+        self.mods.copy_(self.table.blocks[row])
+        self.final.copy_(self.table.final[row])
+        reuses = self.holds_kept
+        # a shape that comes again may come often: then what it takes to capture it is paid back
+        if reuses not in self.graphs and self.network.uses_graphs and self.begun > 1:
+            self.graphs[reuses] = self._capture(reuses)
+        if reuses in self.graphs:
+            graph, drawn = self.graphs[reuses]
+            graph.replay()
+            velocity = drawn.clone()
+        else:
+            velocity = self._forward(reuses, side=None)
+        self.holds_kept = bool(self.kept)
+        return velocity[None]
+
+    def _capture(self, reuses: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream(self.network.device) if self.network.overlaps_text else None
+        torch.cuda.synchronize(self.network.device)
+        with torch.cuda.graph(graph, pool=self.network.graph_pool):
+            drawn = self._forward(reuses, side)
+        return graph, drawn
+
+    def _forward(self, reuses: bool, side: torch.cuda.Stream | None) -> Tensor:
+        """(target, 64) of what the buffers hold."""
+        skipped = self.references if reuses else 0
+        x = torch.cat([self.reference_rows[skipped:], self.network.edges.img_in(self.latents), self.txt_rows])
+        target = slice(self.references - skipped, self.references - skipped + self.target)
+        update: Tensor | None = None
+        for number in range(len(self.network.blocks)):
+            update = self._block(number, x, update, target, reuses, side)
+        assert update is not None
+        return self._finish(x[target], update)
+
+    def _block(
+        self, number: int, x: Tensor, update: Tensor | None, target: slice, reuses: bool, side: torch.cuda.Stream | None
+    ) -> Tensor:
+        """One block on the stream x (M, D), in place. What its MLP adds is returned, for the next kernel to add.
+
+        update: the same of the block before, (M, D). target: where its rows are in x.
+        """
+        network, kernels = self.network, self.network.kernels
+        block, is_last = network.blocks[number], number == len(network.blocks) - 1
+        shift1, scale1, gate1, shift2, scale2, _ = self.mods[number].unbind(1)
+        bounds, img = (target.start, target.stop), target.stop
+        if update is None:
+            rows = kernels.norm_modulate(x, shift1, scale1, bounds, *block.qkv.taking)
+        else:
+            gate = self.mods[number - 1, :, 5]
+            rows = kernels.add_gated_norm_modulate(x, update, gate, shift1, scale1, bounds, *block.qkv.taking)
+        qkv = block.qkv(rows, img, x.dtype, side).unflatten(1, self.heads)
+        offset = self.references if reuses else 0
+        kernels.qk_norm_rope(qkv, block.qk_norms, self.cos[offset:], self.sin[offset:], img)
+        keys, values = self._keys_and_values(number, qkv, reuses)
+        if is_last:
+            x, qkv, bounds, img = x[target], qkv[target], (0, self.target), self.target
+        attended = kernels.quantize_rows(attend(qkv[:, 0], keys, values, network.attention), *block.out.taking)
+        made = block.out(attended, img, x.dtype, side)
+        rows = kernels.add_gated_norm_modulate(x, made, gate1, shift2, scale2, bounds, *block.up.taking)
+        hidden = kernels.gelu_rows(block.up(rows, img, x.dtype, side), *block.down.taking)
+        return block.down(hidden, img, x.dtype, side)
+
+    def _keys_and_values(self, number: int, qkv: Tensor, reuses: bool) -> tuple[Tensor, Tensor]:
+        """(S, H, d) each, of all tokens; the references' own are kept at the first step."""
+        if reuses:
+            joint = torch.cat([self.kept[number], qkv[:, 1:]])
+            return joint[:, 0], joint[:, 1]
+        if self.kept:
+            self.kept[number].copy_(qkv[: self.references, 1:])
+        return qkv[:, 1], qkv[:, 2]
+
+    def _finish(self, x: Tensor, update: Tensor) -> Tensor:
+        # one segment alone, and here the scale comes first
+        gate, scale, shift = (vector.expand(3, -1) for vector in (self.mods[-1, 1, 5], *self.final))
+        rows = self.network.kernels.add_gated_norm_modulate(x, update, gate, shift, scale, (0, len(x)), "bf16")
+        velocity: Tensor = self.network.edges.proj_out(rows.values)
+        return velocity
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+    """q (M, H, d), k and v (S, H, d) -> (M, H d)."""
+    if attention == "int8":
+        from millicent.kernels.attention import attention_int8
+
+        out = torch.empty((len(q), q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
+        return attention_int8(q, k, v, out)
+    with sdpa_kernel(_BACKENDS[attention]):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v)
+    return attended[0].transpose(0, 1).flatten(1)

@@ -1,0 +1,60 @@
+"""The operations between the transformer's matrix products, each twice under the same name and signature.
+
+`reference` is the specification in plain PyTorch and runs anywhere; the twins in Triton run on NVIDIA cards. Whoever draws
+chooses once, by device, and what was chosen fails loudly where it cannot run: nothing falls back.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from millicent.errors import MachineError
+
+Code = Literal["bf16", "fp8", "int8"]
+# tokens come in the order references, target, text: how many are the references', and how many are pictures'
+Bounds = tuple[int, int]
+
+
+class Rows(NamedTuple):
+    """Rows as a matrix product takes them: values (M, K), and scale (M, 1) FP32 for codes, None for plain numbers.
+
+    "bf16" stands for plain numbers in the dtype of the stream that they come from.
+    """
+
+    values: Tensor
+    scale: Tensor | None
+
+
+class Kernels(Protocol):
+    """What both sides have; reference.py says what each does."""
+
+    def quantize_rows(self, x: Tensor, code: Code, group: int = 1) -> Rows: ...
+
+    def norm_modulate(self, x: Tensor, shift: Tensor, scale: Tensor, bounds: Bounds, code: Code, group: int = 1) -> Rows: ...
+
+    def add_gated_norm_modulate(
+        self, x: Tensor, update: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bounds: Bounds, code: Code, group: int = 1
+    ) -> Rows: ...
+
+    def qk_norm_rope(self, qkv: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, img_rows: int) -> None: ...
+
+    def gelu_rows(self, x: Tensor, code: Code, group: int = 1) -> Rows: ...
+
+
+def choose(device: torch.device) -> Kernels:
+    """The twins in Triton on a CUDA device, the reference elsewhere. Raises MachineError for a card without Triton."""
+    if device.type != "cuda":
+        from millicent.kernels import reference
+
+        return cast("Kernels", reference)
+    try:
+        from millicent.kernels import elementwise
+    except ModuleNotFoundError as error:
+        raise MachineError(
+            f"The fast kernels need Triton, and {error.name} is not installed.",
+            "Install torch's CUDA build, which brings Triton along, or draw with --kernels reference.",
+        ) from error
+    return cast("Kernels", elementwise)

@@ -1,0 +1,283 @@
+"""What stands between the matrix products, in Triton: the twins of reference.py.
+
+Each kernel reads its rows once and writes them once. A row lies in the registers of one program: norm, modulation, turn,
+largest value and codes are made of it without another look at memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from millicent.errors import InputError
+from millicent.kernels import Bounds, Code, Rows
+from millicent.kernels.reference import NORM_EPS
+
+_CODES = {"bf16": 0, "fp8": 1, "int8": 2}
+_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+_GROUPS = (1, 16, 64, 256)
+
+
+@triton.jit
+def _hadamard(SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    # the regular matrix of hadamard.py: 1/2 for each digit of 4, negative where row's and column's digit add up to 3
+    i = tl.arange(0, SIZE)[:, None]
+    j = tl.arange(0, SIZE)[None, :]
+    h = tl.where(i % 4 + j % 4 == 3, -0.5, 0.5) * tl.where((i // 4) % 4 + (j // 4) % 4 == 3, -0.5, 0.5)
+    if SIZE == 64:
+        h *= tl.where(i // 16 + j // 16 == 3, -0.5, 0.5)
+    return h
+
+
+@triton.jit
+def _rotate(y, BLOCK: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    if GROUP == 1:
+        return y
+    if GROUP <= 64:
+        return tl.reshape(tl.dot(tl.reshape(y, (BLOCK // GROUP, GROUP)), _hadamard(GROUP), input_precision="tf32"), (BLOCK,))
+    # H256 = H16 x H16: first over the last 16 of each group, then over the first
+    h = _hadamard(16)
+    turned = tl.dot(tl.reshape(y, (BLOCK // 16, 16)), h, input_precision="tf32")
+    turned = tl.permute(tl.reshape(turned, (BLOCK // 256, 16, 16)), (0, 2, 1))
+    turned = tl.dot(tl.reshape(turned, (BLOCK // 16, 16)), h, input_precision="tf32")
+    return tl.reshape(tl.permute(tl.reshape(turned, (BLOCK // 256, 16, 16)), (0, 2, 1)), (BLOCK,))
+
+
+@triton.jit
+def _store_row(y, out_ptr, scale_ptr, row, offsets, mask, D, BLOCK: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """y (BLOCK,) FP32, zeros beyond D, to one row of the output."""
+    if CODE == 0:
+        tl.store(out_ptr + row * D + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        y = _rotate(y, BLOCK, GROUP)
+        largest: tl.constexpr = 448.0 if CODE == 1 else 127.0
+        scale = tl.max(tl.abs(y), 0) / largest
+        scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
+        steps = y * (1.0 / scale)
+        if CODE == 2:
+            # to the nearest, ties to even: at this size FP32 has no fractions left
+            steps = (steps + 12582912.0) - 12582912.0
+        tl.store(out_ptr + row * D + offsets, steps.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _quantize_rows_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, out_ptr, scale_ptr, D, x_stride, BLOCK: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, GELU: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < D
+    y = tl.load(x_ptr + row * x_stride + offsets, mask=mask, other=0.0).to(tl.float32)
+    if GELU:
+        # 0.5 y (1 + tanh u) = y / (1 + exp(-2 u)), u = sqrt(2 / pi) (y + 0.044715 y^3)
+        u = y * (0.7978845608028654 + 0.035677408136300125 * y * y)
+        y = y / (1.0 + tl.exp(-2.0 * u))
+    _store_row(y, out_ptr, scale_ptr, row, offsets, mask, D, BLOCK, CODE, GROUP)
+
+
+@triton.jit
+def _norm_modulate_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    update_ptr,
+    gate_ptr,
+    shift_ptr,
+    scale_ptr,
+    out_ptr,
+    out_scale_ptr,
+    D,
+    references,
+    img,
+    mod_stride,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CODE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    segment = tl.where(row < references, 0, tl.where(row < img, 1, 2)) * mod_stride
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < D
+    x = tl.load(x_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        update = tl.load(update_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + segment + offsets, mask=mask, other=0.0).to(tl.float32)
+        summed = (x + gate * update).to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + row * D + offsets, summed, mask=mask)
+        x = summed.to(tl.float32)
+    mean = tl.sum(x, 0) / D
+    centered = tl.where(mask, x - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(centered * centered, 0) / D + EPS)
+    scale = tl.load(scale_ptr + segment + offsets, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + segment + offsets, mask=mask, other=0.0).to(tl.float32)
+    y = centered * rstd * (1.0 + scale) + shift
+    _store_row(y, out_ptr, out_scale_ptr, row, offsets, mask, D, BLOCK, CODE, GROUP)
+
+
+@triton.jit
+def _qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
+    qkv_ptr,
+    weights_ptr,
+    cos_ptr,
+    sin_ptr,
+    M,
+    img,
+    row_stride,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    which = tl.program_id(1)
+    vector = tl.arange(0, ROW_BLOCK * HEAD_BLOCK)
+    row = (tl.program_id(0) * ROW_BLOCK + vector // HEAD_BLOCK).to(tl.int64)
+    head = tl.program_id(2) * HEAD_BLOCK + vector % HEAD_BLOCK
+    valid = (row < M) & (head < HEADS)
+    channel = tl.arange(0, WIDTH)
+    place = (row * row_stride + (which * HEADS + head) * WIDTH)[:, None] + channel[None, :]
+    x = tl.load(qkv_ptr + place, mask=valid[:, None], other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + EPS)
+    stream = tl.where(row < img, 0, 1)
+    weight = tl.load(weights_ptr + ((stream * 2 + which) * WIDTH)[:, None] + channel[None, :])
+    normed = x * rstd[:, None] * weight.to(tl.float32)
+    a, b = tl.split(tl.reshape(normed, (ROW_BLOCK * HEAD_BLOCK, WIDTH // 2, 2)))
+    pair = (row * (WIDTH // 2))[:, None] + tl.arange(0, WIDTH // 2)[None, :]
+    c = tl.load(cos_ptr + pair, mask=valid[:, None], other=0.0)
+    s = tl.load(sin_ptr + pair, mask=valid[:, None], other=0.0)
+    turned = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (ROW_BLOCK * HEAD_BLOCK, WIDTH))
+    tl.store(qkv_ptr + place, turned.to(qkv_ptr.dtype.element_ty), mask=valid[:, None])
+
+
+def quantize_rows(x: Tensor, code: Code, group: int = 1) -> Rows:
+    """reference.quantize_rows."""
+    if code == "bf16":
+        return Rows(x, None)
+    return _rows(x, code, group, gelu=False)
+
+
+def gelu_rows(x: Tensor, code: Code, group: int = 1) -> Rows:
+    """reference.gelu_rows."""
+    return _rows(x, code, group, gelu=True)
+
+
+def _rows(x: Tensor, code: Code, group: int, gelu: bool) -> Rows:
+    rows, columns = x.shape
+    assert x.stride(1) == 1
+    made = _empty_rows(x, code, group)
+    block = _block(columns, group)
+    _quantize_rows_kernel[(rows,)](
+        x,
+        made.values,
+        made.scale,
+        columns,
+        x.stride(0),
+        BLOCK=block,
+        CODE=_CODES[code],
+        GROUP=group,
+        GELU=gelu,
+        num_warps=_num_warps(block),
+    )
+    return made
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, bounds: Bounds, code: Code, group: int = 1) -> Rows:
+    """reference.norm_modulate."""
+    made = _empty_rows(x, code, group)
+    _launch_norm(x, None, shift, shift, scale, bounds, made, code, group)
+    return made
+
+
+def add_gated_norm_modulate(
+    x: Tensor, update: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bounds: Bounds, code: Code, group: int = 1
+) -> Rows:
+    """reference.add_gated_norm_modulate."""
+    made = _empty_rows(x, code, group)
+    _launch_norm(x, update, gate, shift, scale, bounds, made, code, group)
+    return made
+
+
+def _launch_norm(
+    x: Tensor,
+    update: Tensor | None,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    bounds: Bounds,
+    made: Rows,
+    code: Code,
+    group: int,
+) -> None:
+    rows, columns = x.shape
+    assert all(tensor.is_contiguous() for tensor in (x, update) if tensor is not None)
+    assert gate.stride() == shift.stride() == scale.stride() == (gate.stride(0), 1)
+    block = _block(columns, group)
+    _norm_modulate_kernel[(rows,)](
+        x,
+        update,
+        gate,
+        shift,
+        scale,
+        made.values,
+        made.scale,
+        columns,
+        *bounds,
+        gate.stride(0),
+        EPS=NORM_EPS,
+        BLOCK=block,
+        CODE=_CODES[code],
+        GROUP=group,
+        ADD=update is not None,
+        num_warps=_num_warps(block),
+    )
+
+
+def qk_norm_rope(qkv: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, img_rows: int) -> None:
+    """reference.qk_norm_rope."""
+    rows, _, heads, width = qkv.shape
+    assert qkv.stride()[1:] == (heads * width, width, 1)
+    assert all(tensor.is_contiguous() for tensor in (weights, cos, sin))
+    row_block, head_block = 4, min(8, triton.next_power_of_2(heads))
+    grid = (triton.cdiv(rows, row_block), 2, triton.cdiv(heads, head_block))
+    _qk_norm_rope_kernel[grid](
+        qkv,
+        weights,
+        cos,
+        sin,
+        rows,
+        img_rows,
+        qkv.stride(0),
+        HEADS=heads,
+        WIDTH=width,
+        HEAD_BLOCK=head_block,
+        ROW_BLOCK=row_block,
+        EPS=NORM_EPS,
+        num_warps=4,
+    )
+
+
+def _empty_rows(x: Tensor, code: Code, group: int) -> Rows:
+    if code == "bf16":
+        return Rows(torch.empty_like(x, memory_format=torch.contiguous_format), None)
+    if group not in _GROUPS or x.shape[1] % group:
+        raise InputError(
+            f"INT8's Hadamard groups of {group} are asked for on {x.shape[1]} channels.",
+            f"Use groups of {_GROUPS} that divide them.",
+        )
+    return Rows(
+        torch.empty(x.shape, dtype=_DTYPES[code], device=x.device),
+        torch.empty((len(x), 1), dtype=torch.float32, device=x.device),
+    )
+
+
+def _block(columns: int, group: int) -> int:
+    # a product with a turn's matrix has at least 16 rows
+    return max(int(triton.next_power_of_2(columns)), 16 * group if 1 < group <= 64 else 1)
+
+
+def _num_warps(block: int) -> int:
+    """16 numbers a thread where the row is long enough, at most 16 warps."""
+    return max(1, min(16, block // 512))

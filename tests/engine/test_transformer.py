@@ -1,0 +1,123 @@
+"""The fast forward pass against the plain network, on a CPU: the same layout that runs on a card, with the reference kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from millicent.engine.loading import lay_out
+from millicent.engine.planner import Plan, plan
+from millicent.engine.settings import Format, Settings
+from millicent.engine.transformer import Drawing
+from millicent.model.config import MMDiTConfig
+from millicent.model.mmdit import MMDiT
+
+CPU = torch.device("cpu")
+SIGMAS = [1.0, 0.9, 0.75, 0.5, 0.0]
+# FP32 in another order; measured 3e-7
+FP32_ERROR = 1e-5
+# what 8 and 4 bits leave of random weights without outliers after two blocks; performance.md asks 27 and 34 dB of one block
+ERRORS: dict[Format, float] = {"bf16": FP32_ERROR, "fp8": 0.06, "int8": 0.03, "int8-weight": 0.02, "nvfp4": 0.25}
+
+
+def make_network(zero_cond_t: bool, seed: int = 0) -> MMDiT:
+    config = MMDiTConfig(num_layers=3, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=48,
+                         axes_dims_rope=(8, 12, 12), zero_cond_t=zero_cond_t)  # fmt: skip
+    network = MMDiT(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 2:
+            parameter.copy_(noise / parameter.shape[1] ** 0.5)
+        else:
+            parameter.copy_(1 + 0.1 * noise if "norm" in name and "linear" not in name else 0.1 * noise)
+    return network
+
+
+def make_plan(settings: Settings) -> Plan:
+    made = plan(settings, None, "a CPU")
+    assert made is not None
+    return made
+
+
+def start(network: MMDiT, settings: Settings, inputs: tuple[torch.Tensor, ...], shapes: list[tuple[int, int]]) -> Drawing:
+    fast = lay_out(network, make_plan(settings), CPU, torch.float32)
+    mods, rows = fast.modulation.mods(SIGMAS)
+    assert rows == [0, 1, 2, 3]
+    return fast.network.start(inputs[1], inputs[2], shapes, mods)
+
+
+def make_inputs(shapes: list[tuple[int, int]], txt_tokens: int = 5) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    sizes = [h * w for h, w in shapes]
+    return tuple(
+        torch.randn(size, generator=generator) for size in ((1, sizes[0], 64), (1, txt_tokens, 48), (1, sum(sizes[1:]), 64))
+    )
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+@pytest.mark.parametrize("shapes", [[(4, 6)], [(4, 6), (3, 5)], [(4, 6), (3, 5), (2, 2)]], ids=str)
+def test_draws_what_the_plain_network_draws(zero_cond_t: bool, shapes: list[tuple[int, int]]) -> None:
+    network = make_network(zero_cond_t)
+    inputs = make_inputs(shapes)
+    timesteps = torch.tensor(SIGMAS[:-1])
+    wanted = [network(torch.cat([inputs[0], inputs[2]], 1), inputs[1], t[None], shapes) for t in timesteps]
+    drawing = start(network, Settings(format="bf16"), inputs, shapes)
+    for row, velocity in enumerate(wanted):
+        assert relative(drawing.step(inputs[0], row), velocity) < FP32_ERROR
+
+
+@pytest.mark.parametrize("settings", [Settings(format=name) for name in ERRORS], ids=lambda s: s.format)
+def test_formats_stay_within_their_error(settings: Settings) -> None:
+    network, shapes = make_network(True), [(4, 6), (3, 5)]
+    inputs = make_inputs(shapes)
+    wanted = network(torch.cat([inputs[0], inputs[2]], 1), inputs[1], torch.tensor([1.0]), shapes)
+    error = relative(start(network, settings, inputs, shapes).step(inputs[0], 0), wanted)
+    assert settings.format is not None
+    assert error < ERRORS[settings.format]
+    assert (error > FP32_ERROR) == (settings.format != "bf16")
+
+
+def test_bf16_where_it_is_asked_for_lowers_the_error() -> None:
+    shapes = [(4, 6), (3, 5)]
+    inputs = make_inputs(shapes)
+    wanted = make_network(True)(torch.cat([inputs[0], inputs[2]], 1), inputs[1], torch.tensor([1.0]), shapes)
+    errors = [
+        relative(start(make_network(True), settings, inputs, shapes).step(inputs[0], 0), wanted)
+        for settings in (
+            Settings(format="fp8"),
+            Settings(format="fp8", bf16_down=True),
+            Settings(format="fp8", bf16_down=True, bf16_edge_blocks=1),
+            Settings(format="fp8", bf16_edge_blocks=2),
+        )
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < FP32_ERROR  # two blocks at either end are all three
+
+
+def test_reuse_is_exact_at_the_first_step_and_near_at_the_next() -> None:
+    shapes = [(4, 6), (3, 5)]
+    inputs = make_inputs(shapes)
+    exact = start(make_network(True), Settings(format="bf16"), inputs, shapes)
+    reusing = start(make_network(True), Settings(format="bf16", reuse_reference=True), inputs, shapes)
+    assert torch.equal(reusing.step(inputs[0], 0), exact.step(inputs[0], 0))
+    later = [drawing.step(inputs[0], 1) for drawing in (exact, reusing)]
+    assert 0 < relative(later[1], later[0]) < 0.2
+    # with the first step's timestep again nothing has changed, and reuse is no approximation
+    assert relative(reusing.step(inputs[0], 0), exact.step(inputs[0], 0)) < FP32_ERROR
+
+
+def test_the_table_is_what_the_linears_give_bit_for_bit() -> None:
+    network = make_network(True)
+    wanted = []
+    for sigma in SIGMAS[:-1]:
+        img_vec, txt_vec = network.embed(torch.tensor([sigma]), torch.float32)
+        block = network.transformer_blocks[1]
+        img, txt = block.img_mod(img_vec), block.txt_mod(txt_vec)
+        wanted.append(torch.cat([img[:, 1:], img[:, :1], txt], 1)[0].unflatten(-1, (6, -1)))
+    mods, _ = lay_out(network, make_plan(Settings(format="bf16")), CPU, torch.float32).modulation.mods(SIGMAS)
+    assert torch.equal(mods.blocks[:, 1], torch.stack(wanted))
