@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ from millicent.checkpoint.load import MappedFiles, fill, load_network, read_para
 from millicent.checkpoint.lora import fuse_loras
 from millicent.checkpoint.recognize import Network
 from millicent.engine import planner
+from millicent.engine.fast_vae import CapturedVAE, speed_up
 from millicent.engine.linears import linear_maker
 from millicent.engine.modulation import ModulationSource, attach_stored
 from millicent.engine.parts import NETWORKS, FoundPart, check_memory, find_part, fused_steps, tell_expanded, with_distillation
 from millicent.engine.planner import Plan
+from millicent.engine.reading import Reader
 from millicent.engine.sampler import BaseSchedule
 from millicent.engine.settings import Settings
 from millicent.engine.transformer import FastMMDiT
@@ -34,6 +37,7 @@ from millicent.model.vae import VAE
 # not FP16: the transformer's activations reach 1e7
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEFAULT_SETTINGS = Settings()
+CACHE_BYTES = 512 << 20  # of what was read of pictures and prompts; 270 tokens of keys and values take 16 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +61,14 @@ def lay_out(mmdit: MMDiT, plan: Plan, device: torch.device, dtype: torch.dtype) 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Everything that an edit runs on. fast: None where the plain network draws.
+    """Everything that an edit runs on. fast, reader: None where the plain networks draw and read.
 
     schedule: how the folder's scheduler shifts the base schedule. warnings: what to know of the weights.
     """
 
     card: ModelCard
     mmdit: MMDiT
-    vae: VAE
+    vae: VAE | CapturedVAE
     text_encoder: TextEncoder
     schedule: BaseSchedule
     device: torch.device
@@ -72,6 +76,7 @@ class Model:
     weights_sha256: str
     warnings: tuple[str, ...] = ()
     fast: FastDrawing | None = None
+    reader: Reader | None = None
 
     @property
     def pixels_per_token(self) -> int:
@@ -114,11 +119,9 @@ def load_model(
     mmdit = _load_mmdit(path / "transformer", transformer, dtype, keep_codes)
     if own or loras:
         fuse_loras(mmdit, [*((lora, 1.0) for lora in own), *loras])
-    fast = None if plan is None else lay_out(mmdit, plan, device, dtype)
-    return Model(
+    model = Model(
         card=card,
-        mmdit=mmdit.to(device),
-        fast=fast,
+        mmdit=mmdit if plan is not None else mmdit.to(device),
         vae=_load_vae(path / "vae", parts["vae"], dtype).to(device),
         text_encoder=_load_text_encoder(path, parts["text_encoder"], card, device, dtype),
         schedule=BaseSchedule.from_dict(read_json(path / "scheduler" / "scheduler_config.json")),
@@ -136,6 +139,18 @@ def load_model(
             for warning in (*part.warnings, *tell_expanded(part, keep_codes or network == "text_encoder", dtype))
         ),
     )
+    return model if plan is None else speed_up_model(model, plan)
+
+
+def speed_up_model(model: Model, plan: Plan) -> Model:
+    """The same model with every part as fast as its plan says: the transformer laid out, the VAE fused, the encoder remembering."""
+    assert isinstance(model.vae, VAE)
+    fast = lay_out(model.mmdit, plan, model.device, model.dtype)
+    reader = Reader(model.text_encoder, CACHE_BYTES)
+    if model.device.type != "cuda":
+        return dataclasses.replace(model, fast=fast, reader=reader)
+    speed_up(model.vae)
+    return dataclasses.replace(model, fast=fast, reader=reader, vae=CapturedVAE(model.vae))
 
 
 def _describe_card(device: torch.device) -> tuple[planner.Capability | None, str]:

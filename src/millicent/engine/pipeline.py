@@ -104,13 +104,19 @@ def drawn_size(request: EditRequest, card: ModelCard, multiple: int) -> tuple[in
 
 def encode(prepared: Prepared, model: Model, prompt: str, negative_prompt: str | None) -> Conditioning:
     """Read the prompts with the pictures, and encode the pictures. `negative_prompt` is None without guidance."""
-    images = [prepared.encoder_images]
-    positive, _ = model.text_encoder.encode([prompt], images)
-    negative = None if negative_prompt is None else model.text_encoder.encode([negative_prompt], images)[0]
+    positive = read(prompt, prepared, model)
+    negative = None if negative_prompt is None else read(negative_prompt, prepared, model)
     latents = [model.vae.encode(pixels.to(model.device, model.dtype)) for pixels in prepared.references]
     target = prepared.height // model.pixels_per_token, prepared.width // model.pixels_per_token
     shapes = [target, *((z.shape[2] // PATCH, z.shape[3] // PATCH) for z in latents)]
     return Conditioning(positive, negative, torch.cat([pack(z) for z in latents], 1), tuple(shapes))
+
+
+def read(prompt: str, prepared: Prepared, model: Model) -> Tensor:
+    """The encoder's hidden states (1, T, C) of a prompt with the pictures."""
+    if model.reader is not None:
+        return model.reader.read(prompt, prepared.encoder_images)
+    return model.text_encoder.encode([prompt], [prepared.encoder_images])[0]
 
 
 def draw(
