@@ -53,8 +53,8 @@ class AttentionConfig:
 
 
 HOPPER_CONFIGS = (
-    AttentionConfig(64, 128, 4, 3, tma=True),
     AttentionConfig(64, 128, 4, 2, tma=True),
+    AttentionConfig(64, 128, 4, 3, tma=True),
     AttentionConfig(64, 128, 4, 2, tma=True, exact_sum=False),
     AttentionConfig(64, 64, 4, 3, tma=True),
     AttentionConfig(64, 64, 4, 3, tma=True, exact_sum=False),

@@ -33,16 +33,19 @@ def _hadamard(SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _rotate(y, BLOCK: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    # one return, at the end: Triton compiles what stands after an early one all the same
     if GROUP == 1:
-        return y
-    if GROUP <= 64:
-        return tl.reshape(tl.dot(tl.reshape(y, (BLOCK // GROUP, GROUP)), _hadamard(GROUP), input_precision="tf32"), (BLOCK,))
-    # H256 = H16 x H16: first over the last 16 of each group, then over the first
-    h = _hadamard(16)
-    turned = tl.dot(tl.reshape(y, (BLOCK // 16, 16)), h, input_precision="tf32")
-    turned = tl.permute(tl.reshape(turned, (BLOCK // 256, 16, 16)), (0, 2, 1))
-    turned = tl.dot(tl.reshape(turned, (BLOCK // 16, 16)), h, input_precision="tf32")
-    return tl.reshape(tl.permute(tl.reshape(turned, (BLOCK // 256, 16, 16)), (0, 2, 1)), (BLOCK,))
+        turned = y
+    elif GROUP <= 64:
+        turned = tl.dot(tl.reshape(y, (BLOCK // GROUP, GROUP)), _hadamard(GROUP), input_precision="tf32")
+    else:
+        # H256 = H16 x H16: first over the last 16 of each group, then over the first
+        h = _hadamard(16)
+        turned = tl.dot(tl.reshape(y, (BLOCK // 16, 16)), h, input_precision="tf32")
+        turned = tl.permute(tl.reshape(turned, (BLOCK // 256, 16, 16)), (0, 2, 1))
+        turned = tl.dot(tl.reshape(turned, (BLOCK // 16, 16)), h, input_precision="tf32")
+        turned = tl.permute(tl.reshape(turned, (BLOCK // 256, 16, 16)), (0, 2, 1))
+    return tl.reshape(turned, (BLOCK,))
 
 
 @triton.jit
