@@ -63,10 +63,9 @@ class Pair:
     def taking(self) -> tuple[Code, int]:
         return self.img.code, self.img.group
 
-    def __call__(self, rows: Rows, img_rows: int, dtype: torch.dtype, side: torch.cuda.Stream | None) -> Tensor:
-        """rows (M, K), the first `img_rows` of pictures -> (M, N). side: runs the text's small product beside the large one."""
+    def __call__(self, rows: Rows, img_rows: int, out: Tensor, side: torch.cuda.Stream | None) -> Tensor:
+        """rows (M, K), the first `img_rows` of pictures -> out (M, N). side: runs the text's small product beside the large one."""
         values, scale = rows
-        out = torch.empty((len(values), self.img.out_features), dtype=dtype, device=values.device)
         if side is not None:
             side.wait_stream(torch.cuda.current_stream())
         for linear, part in ((self.img, slice(None, img_rows)), (self.txt, slice(img_rows, None))):
@@ -185,6 +184,10 @@ class FastMMDiT:
         drawing.begin(txt, references, mods)
         return drawing
 
+    def forget(self) -> None:
+        """Let go of every shape's buffers and graphs: the memory is needed, or a step has failed half-way."""
+        self._drawings.clear()
+
 
 class Drawing:
     """One picture after another of the same shapes: buffers that stay where they are, so that a graph can be replayed on them."""
@@ -240,6 +243,7 @@ class Drawing:
     def _capture(self, reuses: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream(self.network.device) if self.network.overlaps_text else None
+        self._forward(reuses, None)  # what is compiled, tuned or allocated at first use cannot be while a graph is captured
         torch.cuda.synchronize(self.network.device)
         with torch.cuda.graph(graph, pool=self.network.graph_pool):
             drawn = self._forward(reuses, side)
@@ -272,26 +276,30 @@ class Drawing:
         else:
             gate = self.mods[number - 1, :, 5]
             rows = kernels.add_gated_norm_modulate(x, update, gate, shift1, scale1, bounds, *block.qkv.taking)
-        qkv = block.qkv(rows, img, x.dtype, side).unflatten(1, self.heads)
-        offset = self.references if reuses else 0
-        kernels.qk_norm_rope(qkv, block.qk_norms, self.cos[offset:], self.sin[offset:], img)
-        keys, values = self._keys_and_values(number, qkv, reuses)
+        kept = self.references if reuses else 0
+        joint = self._joint(block.qkv, rows, img, kept, side)
+        if kept:
+            joint[:kept, 1:] = self.kept[number]
+        kernels.qk_norm_rope(joint[kept:], block.qk_norms, self.cos[kept:], self.sin[kept:], img)
+        if self.kept and not reuses:
+            self.kept[number].copy_(joint[: self.references, 1:])
+        queries = slice(kept, None)
         if is_last:
-            x, qkv, bounds, img = x[target], qkv[target], (0, self.target), self.target
-        attended = kernels.quantize_rows(attend(qkv[:, 0], keys, values, network.attention), *block.out.taking)
-        made = block.out(attended, img, x.dtype, side)
+            queries = slice(kept + target.start, kept + target.stop)
+            x, bounds, img = x[target], (0, self.target), self.target
+        attended = kernels.quantize_rows(attend(joint[queries, 0], joint[:, 1], joint[:, 2], network.attention), *block.out.taking)
+        made = block.out(attended, img, torch.empty_like(x), side)
         rows = kernels.add_gated_norm_modulate(x, made, gate1, shift2, scale2, bounds, *block.up.taking)
-        hidden = kernels.gelu_rows(block.up(rows, img, x.dtype, side), *block.down.taking)
-        return block.down(hidden, img, x.dtype, side)
+        up = torch.empty((len(x), block.up.img.out_features), dtype=x.dtype, device=x.device)
+        hidden = kernels.gelu_rows(block.up(rows, img, up, side), *block.down.taking)
+        return block.down(hidden, img, torch.empty_like(x), side)
 
-    def _keys_and_values(self, number: int, qkv: Tensor, reuses: bool) -> tuple[Tensor, Tensor]:
-        """(S, H, d) each, of all tokens; the references' own are kept at the first step."""
-        if reuses:
-            joint = torch.cat([self.kept[number], qkv[:, 1:]])
-            return joint[:, 0], joint[:, 1]
-        if self.kept:
-            self.kept[number].copy_(qkv[: self.references, 1:])
-        return qkv[:, 1], qkv[:, 2]
+    def _joint(self, qkv: Pair, rows: Rows, img: int, kept: int, side: torch.cuda.Stream | None) -> Tensor:
+        """Queries, keys and values of rows (M, K): (kept + M, 3, H, d), its first `kept` rows still to be filled."""
+        shape = (kept + len(rows.values), qkv.img.out_features)
+        joint = torch.empty(shape, dtype=self.network.dtype, device=self.network.device)
+        qkv(rows, img, joint[kept:], side)
+        return joint.unflatten(1, self.heads)
 
     def _finish(self, x: Tensor, update: Tensor) -> Tensor:
         # one segment alone, and here the scale comes first
