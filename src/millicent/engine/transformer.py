@@ -279,10 +279,10 @@ class Drawing:
         kept = self.references if reuses else 0
         joint = self._joint(block.qkv, rows, img, kept, side)
         if kept:
-            joint[:kept, 1:] = self.kept[number]
+            _copy_rows(joint[:kept, 1:], self.kept[number])
         kernels.qk_norm_rope(joint[kept:], block.qk_norms, self.cos[kept:], self.sin[kept:], img)
         if self.kept and not reuses:
-            self.kept[number].copy_(joint[: self.references, 1:])
+            _copy_rows(self.kept[number], joint[: self.references, 1:])
         queries = slice(kept, None)
         if is_last:
             queries = slice(kept + target.start, kept + target.stop)
@@ -307,6 +307,12 @@ class Drawing:
         rows = self.network.kernels.add_gated_norm_modulate(x, update, gate, shift, scale, (0, len(x)), "bf16")
         velocity: Tensor = self.network.edges.proj_out(rows.values)
         return velocity
+
+
+def _copy_rows(to: Tensor, rows: Tensor) -> None:
+    """Both (M, 2, H, d), each row in one piece. As the longest numbers that torch has: rows apart it copies one by one."""
+    long = torch.complex128
+    to.flatten(1).view(long).copy_(rows.flatten(1).view(long))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
