@@ -143,6 +143,30 @@ def test_a_stand_in_is_warned_of_and_written_down(run: Run, picture: Path, tiny_
     assert (ran.code, ran.err) == (0, "")
 
 
+def test_a_format_is_told_and_written_down(run: Run, picture: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    plain, out = tmp_path / "plain.png", tmp_path / "out.png"
+    edit = ("edit", picture, PROMPT, "--model", tiny_folder, "--seed", 3, "--steps", 2)
+    assert run(*edit, "-o", plain, "--plain").code == 0
+    ran = run(*edit, "-o", out, "--format", "fp8", "--bf16-down", "--bf16-edge-blocks", 1, "--reuse-reference")
+    assert ran.code == 0
+    assert "fp8" in ran.err
+    noted_plain, noted = read_metadata(plain), read_metadata(out)
+    assert noted_plain is not None
+    assert noted is not None
+    assert noted_plain["engine"] == {"format": "plain"}
+    kept = {"reuse_reference": True, "bf16_down": True, "bf16_edge_blocks": 1}
+    assert noted["engine"] == {"format": "fp8", "attention": "math", **kept}
+    # another format rounds otherwise, and draws the same picture
+    apart = np.abs(pixels(out) - pixels(plain))
+    assert 0 < apart.mean() < 8
+
+
+def test_settings_that_exclude_each_other(run: Run, picture: Path, tmp_path: Path) -> None:
+    ran = run("edit", picture, PROMPT, "-o", tmp_path / "out.png", "--plain", "--format", "fp8")
+    assert ran.code != 0
+    assert "--plain" in ran.err
+
+
 def test_standard_output_and_input(tiny_folder: Path, picture: Path, tmp_path: Path) -> None:
     common = [PROMPT, "--model", str(tiny_folder), "--steps", "1", "--seed", "4"]
     command = [sys.executable, "-m", "millicent", "edit"]

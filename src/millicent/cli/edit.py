@@ -21,8 +21,10 @@ from rich.progress import Progress as Bar
 import millicent
 from millicent.edits import EditRequest, EditResult, OnProgress, Progress, Schedule
 from millicent.engine.editor import Editor
+from millicent.engine.planner import Plan
+from millicent.engine.settings import Attention, Format, Settings
 from millicent.errors import OutputError, ScheduleError, SizeError
-from millicent.images import Fit, before_after, check_writable, encode_image, fit_to, flatten, open_image, read_file, save_image
+from millicent.images import Fit, before_after, check_writable, encode_image, fit_to, flatten, open_image, read_file
 
 Alpha = Literal["white", "keep"]
 STDIO = "-"
@@ -76,8 +78,28 @@ def edit(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no summary.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    number_format: Annotated[
+        Format | None,
+        typer.Option("--format", help="The transformer's number format. Default: the card's fastest."),
+    ] = None,
+    attention: Annotated[Attention, typer.Option(help="Exact, or with 8-bit products: an approximation.")] = "exact",
+    reuse_reference: Annotated[
+        bool,
+        typer.Option("--reuse-reference", help="Look at the reference pictures in the first step alone: faster, an approximation."),
+    ] = False,
+    bf16_down: Annotated[bool, typer.Option("--bf16-down", help="Keep the MLPs' down-projections in BF16.")] = False,
+    bf16_edge_blocks: Annotated[int, typer.Option("--bf16-edge-blocks", help="Keep so many blocks at either end in BF16.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Draw with the plain network, without kernels and formats.")] = False,
 ) -> None:
     """Edit one picture by a sentence."""
+    settings = Settings(
+        format=number_format,
+        attention=attention,
+        reuse_reference=reuse_reference,
+        bf16_down=bf16_down,
+        bf16_edge_blocks=bf16_edge_blocks,
+        plain=plain,
+    )
     if out == STDIO and (as_json or strip or variants > 1):
         raise typer.BadParameter("one picture goes to standard output: leave out --json, --strip and -n.", param_hint="-o -")
     paths = [] if out == STDIO else output_paths(Path(out), variants)
@@ -114,25 +136,41 @@ def edit(
             loras=chosen_loras,
             distilled_steps=distilled,
             device=device,
+            settings=settings,
         )
-        for warning in () if quiet else editor.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+        if not quiet:
+            tell(editor)
         result = editor.edit(request, on_progress)
     pictures = [with_alpha(drawn, sources[-1].image, request) for drawn in result.images] if alpha == "keep" else result.images
     stand_ins = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-    files = {"loras": loras or [], "files": {part: str(file) for part, file in stand_ins.items() if file is not None}}
-    records = [{**describe(request, result, variant, sources), **files} for variant in range(variants)]
+    opened = {
+        "loras": loras or [],
+        "files": {part: str(file) for part, file in stand_ins.items() if file is not None},
+        "engine": describe_plan(editor.plan),
+    }
+    records = [{**describe(request, result, variant, sources), **opened} for variant in range(variants)]
     if out == STDIO:
         sys.stdout.buffer.write(encode_image(pictures[0], "PNG", records[0]))
         return
-    for picture, path, record in zip(pictures, paths, records, strict=True):
-        save_image(picture, path, record)
-    for picture, path in zip(pictures, strips, strict=False):
-        save_image(before_after(sources[-1].image, picture), path)
+    from millicent.engine.output import Writer  # needs torch, which a command that ends before drawing does not
+
+    with Writer() as writer:
+        for picture, path, record in zip(pictures, paths, records, strict=True):
+            writer.save(picture, path, record)
+        for picture, path in zip(pictures, strips, strict=False):
+            writer.save(before_after(sources[-1].image, picture), path)
     if as_json:
         print(json.dumps(summarize(result, records, paths, strips)))
     elif not quiet:
         show(result, paths, strips)
+
+
+def tell(editor: Editor) -> None:
+    """What to know of the weights, and what was chosen for the card and why."""
+    for warning in editor.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for reason in () if editor.plan is None else editor.plan.because:
+        print(reason, file=sys.stderr)
 
 
 def output_paths(out: Path, variants: int) -> list[Path]:
@@ -213,6 +251,15 @@ def describe(request: EditRequest, result: EditResult, variant: int, sources: li
         "fit": request.fit if request.height is not None else None,
         "inputs_sha256": [source.sha256 for source in sources],
     }
+
+
+def describe_plan(plan: Plan | None) -> dict[str, Any]:
+    """What a picture was drawn with, for its metadata: what may make it differ from another machine's."""
+    if plan is None:
+        return {"format": "plain"}
+    described = dataclasses.asdict(plan)
+    del described["because"]
+    return described
 
 
 def summarize(result: EditResult, records: list[dict[str, Any]], paths: list[Path], strips: list[Path]) -> dict[str, Any]:
