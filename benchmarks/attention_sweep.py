@@ -1,6 +1,7 @@
 """8-bit attention in every tiling against torch's exact kernels: `python -m benchmarks.attention_sweep`, on a CUDA card.
 
 Each tiling is first held against float64; one that is wrong is reported as such, with no speed, and the exit status is 1.
+Exact attention needs q and k normed and turned first; the 8-bit one does that with its codes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,23 +19,62 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.machine import describe_machine
-from millicent.kernels import attention
-from millicent.kernels.attention import ADA_CONFIG, AMPERE_CONFIG, HOPPER_CONFIGS, AttentionConfig
+from millicent.kernels import elementwise, reference
+from millicent.kernels.attention import (
+    ADA_CONFIG,
+    AMPERE_CONFIG,
+    HOPPER_CONFIGS,
+    AttentionConfig,
+    attend,
+    attend_normed_int8,
+)
+from millicent.kernels.attention_codes import NormRope, quantize_keys_values, survey
 
 SIZES = ((8448, 8448), (4352, 8448))
 """Queries and keys: an edit with one reference at 1024x1024, and the same when the reference's queries are not needed."""
+TEXT_TOKENS = 256
 HEADS, WIDTH = 24, 128
 LARGEST_RELATIVE_ERROR = 0.06
 CHECKED_ROWS = 256
 
 
-def sample(q_tokens: int, k_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of a fused projection; keys with a bias of each channel, as trained ones have."""
+@dataclass(frozen=True)
+class Layer:
+    """What attention is given: qkv (S, 3, H, D), of which the last `q_tokens` rows ask and are still to be normed."""
+
+    qkv: Tensor
+    weights: Tensor
+    cos: Tensor
+    sin: Tensor
+    q_tokens: int
+
+    @property
+    def first_row(self) -> int:
+        return len(self.qkv) - self.q_tokens
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.first_row, len(self.qkv))
+
+    @property
+    def img_rows(self) -> int:
+        return len(self.qkv) - TEXT_TOKENS
+
+    def normed(self) -> Tensor:
+        """A copy, normed and turned by the specification."""
+        made, first = self.qkv.clone(), self.first_row
+        reference.qk_norm_rope(made[first:], self.weights, self.cos[first:], self.sin[first:], self.img_rows - first)
+        return made
+
+
+def sample(q_tokens: int, k_tokens: int) -> Layer:
+    """Keys have a bias of each channel, as trained ones have."""
     generator = torch.Generator("cuda").manual_seed(20)
-    fused = torch.randn(k_tokens, 3, HEADS, WIDTH, generator=generator, device="cuda")
-    fused[:, 1] += 4.0 * torch.randn(HEADS, WIDTH, generator=generator, device="cuda")
-    fused = fused.bfloat16()
-    return fused[:q_tokens, 0], fused[:, 1], fused[:, 2]
+    qkv = torch.randn(k_tokens, 3, HEADS, WIDTH, generator=generator, device="cuda")
+    qkv[:, 1] += 4.0 * torch.randn(HEADS, WIDTH, generator=generator, device="cuda")
+    weights = 0.5 + torch.rand(2, 2, WIDTH, generator=generator, device="cuda")
+    angles = 6.28 * torch.rand(k_tokens, WIDTH // 2, generator=generator, device="cuda")
+    return Layer(qkv.bfloat16(), weights.bfloat16(), angles.cos(), angles.sin(), q_tokens)
 
 
 def relative_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
@@ -69,27 +109,48 @@ def tflops(q_tokens: int, k_tokens: int, ms: float) -> float:
     return 4 * q_tokens * k_tokens * HEADS * WIDTH / ms / 1e9
 
 
-def exact_rows(q: Tensor, k: Tensor, v: Tensor, runs: int) -> Iterator[dict[str, object]]:
+def norm_ms(layer: Layer, runs: int) -> float:
+    """Device time of norm and rope in a launch of their own."""
+    rows, cos, sin = layer.qkv.clone()[layer.first_row :], layer.cos[layer.first_row :], layer.sin[layer.first_row :]
+    img = layer.img_rows - layer.first_row
+    return median_ms(lambda: elementwise.qk_norm_rope(rows, layer.weights, cos, sin, img), runs)
+
+
+def exact_rows(layer: Layer, normed: Tensor, runs: int) -> Iterator[dict[str, object]]:
+    """`ms` counts norm and rope; `attend_ms` does not."""
+    q, k, v = normed[layer.queries, 0], normed[:, 1], normed[:, 2]
     query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))
+    before = norm_ms(layer, runs)
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel(backend):
             out = F.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1).flatten(1)
             ms = median_ms(lambda: F.scaled_dot_product_attention(query, key, value), runs)
-        yield {"kernel": backend.name, "error": relative_error(out, q, k, v), "ms": ms, "attend_ms": ms}
+        times = {"ms": before + ms, "attend_ms": ms, "norm_rope_ms": before}
+        yield {"kernel": backend.name, "error": relative_error(out, q, k, v), **times}
 
 
-def int8_row(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, runs: int) -> dict[str, object]:
-    """`ms` counts the quantization of q, k and v; `attend_ms` does not. A wrong result has no times."""
-    out = torch.full((q.shape[0], HEADS * WIDTH), torch.nan, dtype=torch.bfloat16, device="cuda")
+def int8_row(layer: Layer, normed: Tensor, config: AttentionConfig, runs: int) -> dict[str, object]:
+    """`ms` is of all, `survey_ms` and `codes_ms` of the two launches before attention. A wrong result has no times."""
+    out = torch.full((layer.q_tokens, HEADS * WIDTH), torch.nan, dtype=torch.bfloat16, device="cuda")
     row: dict[str, object] = {"kernel": "int8", "config": asdict(config)}
-    row["error"] = error = relative_error(attention.attention_int8(q, k, v, out, config), q, k, v)
+    # keys are written in place: each run norms them anew, which costs the same and keeps their size
+    qkv, columns, fp8 = layer.qkv.clone(), config.columns, config.fp8_values
+    norm_rope = NormRope(layer.weights, layer.cos, layer.sin, layer.img_rows, layer.first_row)
+
+    def run() -> Tensor:
+        place = layer.img_rows, layer.first_row, layer.queries
+        return attend_normed_int8(qkv, layer.weights, layer.cos, layer.sin, *place, out, config)
+
+    row["error"] = error = relative_error(run(), normed[layer.queries, 0], normed[:, 1], normed[:, 2])
     if not error < LARGEST_RELATIVE_ERROR:
         return row | {"refused": f"relative error of {error:.4f}"}
-    codes, scale = attention.quantize_queries(q)
-    keys_values = attention.quantize_keys_values(k, v, config.columns, config.fp8_values)
-    tokens = q.shape[0], k.shape[0]
-    row["ms"] = median_ms(lambda: attention.attention_int8(q, k, v, out, config), runs)
-    row["attend_ms"] = median_ms(lambda: attention.attend(codes, scale, keys_values, *tokens, out, config), runs)
+    q, k, v = qkv.unbind(1)
+    made = survey(q, k, v, layer.queries, fp8, norm_rope)
+    codes = quantize_keys_values(k, v, made, columns, fp8)
+    row["ms"] = median_ms(run, runs)
+    row["attend_ms"] = median_ms(lambda: attend(made, codes, layer.q_tokens, len(k), out, config), runs)
+    row["survey_ms"] = median_ms(lambda: survey(q, k, v, layer.queries, fp8, norm_rope), runs)
+    row["codes_ms"] = median_ms(lambda: quantize_keys_values(k, v, made, columns, fp8), runs)
     return row
 
 
@@ -101,10 +162,11 @@ def configs_of_this_card() -> tuple[AttentionConfig, ...]:
 
 
 def measure(q_tokens: int, k_tokens: int, runs: int) -> Iterator[dict[str, object]]:
-    q, k, v = sample(q_tokens, k_tokens)
-    yield from exact_rows(q, k, v, runs)
+    layer = sample(q_tokens, k_tokens)
+    normed = layer.normed()
+    yield from exact_rows(layer, normed, runs)
     for config in configs_of_this_card():
-        yield int8_row(q, k, v, config, runs)
+        yield int8_row(layer, normed, config, runs)
 
 
 def show(row: dict[str, object], q_tokens: int, k_tokens: int) -> str:
@@ -112,12 +174,12 @@ def show(row: dict[str, object], q_tokens: int, k_tokens: int) -> str:
     words = " ".join(f"{key}={value}" for key, value in config.items()) if isinstance(config, dict) else ""
     if "refused" in row:
         return f"{row['kernel']:16} REFUSED: {row['refused']}  {words}"
-    ms, attend_ms = row["ms"], row["attend_ms"]
-    assert isinstance(ms, float)
+    parts = " ".join(f"{name} {row[name]:.3f}" for name in ("norm_rope_ms", "survey_ms", "codes_ms", "attend_ms") if name in row)
+    attend_ms = row["attend_ms"]
     assert isinstance(attend_ms, float)
     return (
-        f"{row['kernel']:16} {ms:8.3f} ms {tflops(q_tokens, k_tokens, ms):6.0f} TFLOP/s   without quantization "
-        f"{attend_ms:8.3f} ms {tflops(q_tokens, k_tokens, attend_ms):6.0f}   error {row['error']:.4f}  {words}"
+        f"{row['kernel']:16} whole {row['ms']:.3f} ms = {parts} ({tflops(q_tokens, k_tokens, attend_ms):.0f} TFLOP/s)   "
+        f"error {row['error']:.4f}  {words}"
     )
 
 

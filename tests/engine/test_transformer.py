@@ -111,6 +111,20 @@ def test_reuse_is_exact_at_the_first_step_and_near_at_the_next() -> None:
     assert relative(reusing.step(inputs[0], 0), exact.step(inputs[0], 0)) < FP32_ERROR
 
 
+@pytest.mark.parametrize("reuse", [False, True])
+def test_8_bit_attention_is_near_exact_attention(reuse: bool) -> None:
+    shapes = [(4, 6), (3, 5)]
+    inputs = make_inputs(shapes)
+    drawings = [
+        start(make_network(True), Settings(format="bf16", attention=attention, reuse_reference=reuse), inputs, shapes)
+        for attention in ("exact", "int8")
+    ]
+    for row in (0, 1):  # with reuse the second step reads the references' keys and values of the first
+        exact, found = (drawing.step(inputs[0], row) for drawing in drawings)
+        # attention's own error is about 0.03, of which a residual stream keeps a part
+        assert FP32_ERROR < relative(found, exact) < 0.03
+
+
 def test_the_table_is_what_the_linears_give_bit_for_bit() -> None:
     network = make_network(True)
     wanted = []

@@ -22,14 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from millicent.kernels import Code, Kernels, Rows, choose
+from millicent.kernels import Code, Kernels, Rows, choose, choose_int8_attention
 from millicent.model.layers import Block, make_rope
 from millicent.model.mmdit import MMDiT
 from millicent.model.modulation import FINAL, ModulationTable
 
-Attention = Literal["cudnn", "flash", "math", "int8"]
+Exact = Literal["cudnn", "flash", "math"]
+Attention = Exact | Literal["int8"]
 _KEPT_SHAPES = 4
-_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+_BACKENDS: dict[Exact, SDPBackend] = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 class RowLinear(Protocol):
@@ -158,6 +163,7 @@ class FastMMDiT:
         self.edges = mmdit  # what stands before and after the blocks stays as it is
         self.dtype, self.device = mmdit.img_in.weight.dtype, mmdit.img_in.weight.device
         self.kernels = choose(self.device) if kernels is None else kernels
+        self.attend_int8 = choose_int8_attention(self.device)
         self.uses_graphs = uses_graphs and self.device.type == "cuda"
         self.overlaps_text = overlaps_text
         # one picture is drawn after another, so that their graphs may share memory
@@ -280,19 +286,31 @@ class Drawing:
         joint = self._joint(block.qkv, rows, img, kept, side)
         if kept:
             _copy_rows(joint[:kept, 1:], self.kept[number])
-        kernels.qk_norm_rope(joint[kept:], block.qk_norms, self.cos[kept:], self.sin[kept:], img)
-        if self.kept and not reuses:
-            _copy_rows(self.kept[number], joint[: self.references, 1:])
-        queries = slice(kept, None)
+        queries = slice(kept, kept + len(x))
         if is_last:
             queries = slice(kept + target.start, kept + target.stop)
             x, bounds, img = x[target], (0, self.target), self.target
-        attended = kernels.quantize_rows(attend(joint[queries, 0], joint[:, 1], joint[:, 2], network.attention), *block.out.taking)
-        made = block.out(attended, img, torch.empty_like(x), side)
+        attended = self._attend(joint, block.qk_norms, kept + target.stop, kept, queries)
+        if self.kept and not reuses:
+            _copy_rows(self.kept[number], joint[: self.references, 1:])
+        attended_rows = kernels.quantize_rows(attended, *block.out.taking)
+        made = block.out(attended_rows, img, torch.empty_like(x), side)
         rows = kernels.add_gated_norm_modulate(x, made, gate1, shift2, scale2, bounds, *block.up.taking)
         up = torch.empty((len(x), block.up.img.out_features), dtype=x.dtype, device=x.device)
         hidden = kernels.gelu_rows(block.up(rows, img, up, side), *block.down.taking)
         return block.down(hidden, img, torch.empty_like(x), side)
+
+    def _attend(self, joint: Tensor, qk_norms: Tensor, img: int, kept: int, queries: slice) -> Tensor:
+        """Attention of the rows `queries` of joint (S, 3, H, d) over all, (Q, H d). From row `kept` on its q and k are raw.
+
+        img: how many of the S rows are pictures'. Afterwards all k are normed and turned.
+        """
+        network = self.network
+        if network.attention == "int8":
+            out = torch.empty((queries.stop - queries.start, self.heads[1] * self.heads[2]), dtype=joint.dtype, device=joint.device)
+            return network.attend_int8(joint, qk_norms, self.cos, self.sin, img, kept, queries, out)
+        network.kernels.qk_norm_rope(joint[kept:], qk_norms, self.cos[kept:], self.sin[kept:], img - kept)
+        return attend(joint[queries, 0], joint[:, 1], joint[:, 2], network.attention)
 
     def _joint(self, qkv: Pair, rows: Rows, img: int, kept: int, side: torch.cuda.Stream | None) -> Tensor:
         """Queries, keys and values of rows (M, K): (kept + M, 3, H, d), its first `kept` rows still to be filled."""
@@ -315,14 +333,9 @@ def _copy_rows(to: Tensor, rows: Tensor) -> None:
     to.flatten(1).view(long).copy_(rows.flatten(1).view(long))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: Exact) -> Tensor:
     """q (M, H, d), k and v (S, H, d) -> (M, H d)."""
-    if attention == "int8":
-        from millicent.kernels.attention import attention_int8
-
-        out = torch.empty((len(q), q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
-        return attention_int8(q, k, v, out)
-    with sdpa_kernel(_BACKENDS[attention]):
+    with sdpa_kernel(_BACKENDS[backend]):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         attended = F.scaled_dot_product_attention(q, k, v)
     return attended[0].transpose(0, 1).flatten(1)

@@ -6,6 +6,8 @@ chooses once, by device, and what was chosen fails loudly where it cannot run: n
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
@@ -44,17 +46,30 @@ class Kernels(Protocol):
     def gelu_rows(self, x: Tensor, code: Code, group: int = 1) -> Rows: ...
 
 
+class AttendNormed(Protocol):
+    """8-bit attention; attention_reference.attend_normed_int8 says what it does."""
+
+    def __call__(
+        self, qkv: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, img_rows: int, first_row: int, queries: slice, out: Tensor
+    ) -> Tensor: ...
+
+
 def choose(device: torch.device) -> Kernels:
     """The twins in Triton on a CUDA device, the reference elsewhere. Raises MachineError for a card without Triton."""
-    if device.type != "cuda":
-        from millicent.kernels import reference
+    return cast("Kernels", _choose(device, "elementwise", "reference"))
 
-        return cast("Kernels", reference)
+
+def choose_int8_attention(device: torch.device) -> AttendNormed:
+    """As choose, of 8-bit attention."""
+    return cast("AttendNormed", _choose(device, "attention", "attention_reference").attend_normed_int8)
+
+
+def _choose(device: torch.device, fast: str, reference: str) -> ModuleType:
+    name = fast if device.type == "cuda" else reference
     try:
-        from millicent.kernels import elementwise
+        return importlib.import_module(f"millicent.kernels.{name}")
     except ModuleNotFoundError as error:
         raise MachineError(
             f"The fast kernels need Triton, and {error.name} is not installed.",
-            "Install torch's CUDA build, which brings Triton along, or draw with --kernels reference.",
+            "Install torch's CUDA build, which brings Triton along, or draw with --plain.",
         ) from error
-    return cast("Kernels", elementwise)

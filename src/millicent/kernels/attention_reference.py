@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from millicent.kernels.reference import qk_norm_rope
+
 INT8_MAX = 127.0
 E4M3_MAX = 448.0
 SMALLEST_AMAX = 1e-12
@@ -69,3 +71,19 @@ def attention_int8(q: Tensor, k: Tensor, v: Tensor, block_tokens: int = 128, fp8
         running_max = largest
     result = weighted / total[:, :, None] * v_scale[:, None, :]
     return result.permute(1, 0, 2).reshape(tokens, heads * width).to(torch.bfloat16)
+
+
+def attend_normed_int8(
+    qkv: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, img_rows: int, first_row: int, queries: slice, out: Tensor,
+    block_tokens: int = 128, fp8_values: bool = True,
+) -> Tensor:  # fmt: skip
+    """qk_norm_rope of the rows from `first_row` on, then attention_int8 of the rows `queries` over all S rows.
+
+    qkv (S, 3, H, D): the rows before `first_row` hold normed and turned q and k already. Afterwards its k are all normed and
+    turned; its q stay as they came. weights (2, 2, D), cos and sin (S, D/2) FP32, and img_rows, how many of the S are
+    pictures', as in reference.qk_norm_rope. out (Q, H * D) BF16 is written and returned.
+    """
+    made = qkv.clone()
+    qk_norm_rope(made[first_row:], weights, cos[first_row:], sin[first_row:], max(img_rows - first_row, 0))
+    qkv[:, 1] = made[:, 1]
+    return out.copy_(attention_int8(made[queries, 0], made[:, 1], made[:, 2], block_tokens, fp8_values))
