@@ -93,18 +93,17 @@ def _stages(model: Model, request: EditRequest, job: Job) -> dict[str, float]:
     marks.append(_now(model))
     stages_of.read(request.prompt, prepared, model)
     marks.append(_now(model))
-    for pixels in prepared.references:
-        model.vae.encode(pixels.to(model.device, model.dtype))
+    for reference in prepared.references:
+        stages_of.encode_picture(reference, model)
     marks.append(_now(model))
     conditioning = stages_of.encode(prepared, model, request.prompt, None)
     sigmas, _ = stages_of.make_sigmas(request, model, prepared.height, prepared.width)
     began = _now(model)
     latents = stages_of.draw(conditioning, model, sigmas, (job.seed,), 1.0)
     drawn = _now(model)
-    pixels = model.vae.decode(latents.tensor)
+    sent = stages_of.send(latents.tensor, model)
     decoded = _now(model)
-    image: Image.Image = stages_of.to_image(pixels[0])
-    assert image.size
+    assert stages_of.receive(sent, request).size
     done = time.perf_counter()
     return {
         "prepare": 1e3 * (marks[1] - marks[0]),
@@ -120,6 +119,8 @@ def forget(model: Model) -> None:
     """The peers remember nothing from one edit to the next, so nor do we where we are compared."""
     if model.reader is not None:
         model.reader.clear()
+    if model.latents is not None:
+        model.latents.clear()
 
 
 def _now(model: Model) -> float:

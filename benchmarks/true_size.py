@@ -29,7 +29,7 @@ from millicent.engine.sampler import BaseSchedule
 from millicent.facts.models import ModelCard, find_card
 from millicent.model.config import MMDiTConfig, VAEConfig
 from millicent.model.mmdit import MMDiT
-from millicent.model.text_encoder import TextEncoder, read_image_processor, read_tokenizer
+from millicent.model.text_encoder import TextEncoder, build_network, read_image_processor, read_tokenizer
 from millicent.model.vae import VAE, convert_state
 
 
@@ -207,15 +207,20 @@ def make_card(size: Size) -> ModelCard:
 
 
 def to_millicent(pipeline: diffusers.QwenImageEditPlusPipeline, card: ModelCard) -> Model:
-    """Millicent's own networks around the pipeline's tensors; only the VAE's kernels, cut to one tap, are copies."""
+    """Millicent's own networks around the pipeline's tensors; only the VAE's kernels, cut to one tap, are copies.
+
+    All modules are its own, so that speeding it up leaves the pipeline as it was.
+    """
     transformer, vae = pipeline.transformer, pipeline.vae
     with torch.device("meta"):
         mmdit = MMDiT(MMDiTConfig.from_dict(dict(transformer.config)))
         flat_vae = VAE(VAEConfig.from_dict(dict(vae.config)))
     mmdit.load_state_dict(transformer.state_dict(), assign=True)
     flat_vae.load_state_dict(convert_state(vae.state_dict()), assign=True)
+    encoder = build_network(pipeline.text_encoder.model.config.to_dict())
+    encoder.load_state_dict(pipeline.text_encoder.model.state_dict(), assign=True)
     text_encoder = TextEncoder(
-        pipeline.text_encoder.model,
+        encoder.requires_grad_(False).to(transformer.device),
         pipeline.tokenizer,
         pipeline.processor.image_processor,
         template=card.pipeline,

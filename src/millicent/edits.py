@@ -99,7 +99,12 @@ def _check_schedule(steps: int | None, sigmas: tuple[float, ...] | None, schedul
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Wall-clock seconds of each stage of one edit; on a GPU each stage ends with a synchronization."""
+    """Wall-clock seconds of each stage of one edit; on a GPU each stage ends with a synchronization.
+
+    In a run of many (Editor.edit_many) nothing waits between stages: `prepare_s` is the preparing thread's, the others are from
+    one event of the GPU's stream to the next, and as the stages of neighbors overlap, `total_s` is more than an edit adds to the
+    run. What it adds is EditResult.elapsed_s.
+    """
 
     prepare_s: float
     encode_s: float
@@ -117,6 +122,8 @@ class EditResult:
 
     sigmas: the noise levels used, the final 0 included. seeds: one for each picture.
     weights_sha256: over every weight file that went in, LoRAs included (checkpoint/fingerprint.py).
+    elapsed_s: in a run of many, the seconds from the end of the edit before (of the first: from the run's start) to this one's
+        end, so that they add up to the run's; None for an edit alone, which takes timings.total_s.
     """
 
     images: tuple[Image.Image, ...]
@@ -127,6 +134,7 @@ class EditResult:
     model: str
     weights_sha256: str
     timings: Timings
+    elapsed_s: float | None = None
 
     @property
     def image(self) -> Image.Image:

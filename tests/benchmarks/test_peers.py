@@ -66,11 +66,12 @@ def test_the_other_parts_agree_with_diffusers(pipeline: diffusers.QwenImageEditP
 
 
 def test_weights_are_shared(pipeline: diffusers.QwenImageEditPlusPipeline, model: Model) -> None:
-    theirs = dict(pipeline.transformer.named_parameters())
-    ours = dict(model.mmdit.named_parameters())
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name].data_ptr() == theirs[name].data_ptr() for name in theirs)
-    assert model.text_encoder.network is pipeline.text_encoder.model
+    for our, their in ((model.mmdit, pipeline.transformer), (model.text_encoder.network, pipeline.text_encoder.model)):
+        ours, theirs = dict(our.named_parameters()), dict(their.named_parameters())
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name].data_ptr() == theirs[name].data_ptr() for name in theirs)
+        # speeding ours up must not change theirs
+        assert not set(our.modules()) & set(their.modules())
 
 
 def test_activations_have_the_real_outliers(pipeline: diffusers.QwenImageEditPlusPipeline, job: Job) -> None:

@@ -155,7 +155,7 @@ def test_a_format_is_told_and_written_down(run: Run, picture: Path, tiny_folder:
     assert noted is not None
     assert noted_plain["engine"] == {"format": "plain"}
     kept = {"reuse_reference": True, "bf16_down": True, "bf16_edge_blocks": 1}
-    assert noted["engine"] == {"format": "fp8", "attention": "math", **kept}
+    assert noted["engine"] == {"format": "fp8", "text_encoder": "bf16", "attention": "math", **kept}
     # another format rounds otherwise, and draws the same picture
     apart = np.abs(pixels(out) - pixels(plain))
     assert 0 < apart.mean() < 8

@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeFolder, draw_picture, write_card
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import millicent.engine.editor as editor_module
 from millicent import demo
 from millicent.edits import EditRequest, Progress
+from millicent.engine import pipeline
 from millicent.engine.editor import Editor, find_model
-from millicent.engine.pipeline import drawn_size, pack, size_for_area, unpack
+from millicent.engine.pipeline import drawn_size, pack, size_for_area, to_pixels, unpack
 from millicent.engine.sampler import lightning_sigmas
+from millicent.engine.settings import Settings
 from millicent.errors import (
     CheckpointError,
     IncompleteModelError,
@@ -199,6 +203,85 @@ def test_a_prompt_that_cannot_be_read_is_refused(editor: Editor, changes: dict[s
 def test_a_picture_that_is_too_long_is_refused(editor: Editor) -> None:
     with pytest.raises(SizeError, match="4000x2"):
         editor.edit(make_request(Image.new("RGB", (4000, 2))))
+
+
+@pytest.mark.parametrize("size", [(300, 1), (1, 300), (100_000, 499)])
+def test_a_picture_that_the_vision_tower_would_refuse_is_refused_before(size: tuple[int, int]) -> None:
+    """Beyond 200 times the shorter side transformers' image processor raises an error of its own."""
+    image = Image.new("RGB", size)
+    # areas as in the published cards: rounding a side to 32 can bring the shape across the limit, or back
+    with pytest.raises(SizeError, match="too long"):
+        [size_for_area(area, image.height, image.width) for area in (384 * 384, 1024 * 1024)]
+
+
+@given(st.integers(16, 16384), st.integers(16, 16384), st.sampled_from(["fit", "pad", "crop"]))
+@example(16, 16, "fit")
+@example(16, 256, "fit")
+@example(16384, 1024, "fit")
+@example(23, 367, "fit")
+def test_what_is_drawn_is_whole_tokens_whatever_is_asked(height: int, width: int, fit: Any) -> None:
+    try:
+        request = make_request(LANDSCAPE, height=height, width=width, fit=fit)
+    except SizeError:
+        assert max(height, width) > 16 * min(height, width)
+        return
+    card = find_card("qwen-image-edit-2511")
+    drawn = drawn_size(request, card, 16)
+    assert all(side >= 16 and side % 16 == 0 for side in drawn)
+    # each side is rounded by up to half a token, 8 of at least 16 pixels
+    asked_px = height * width if fit == "fit" else card.vae_area_px
+    assert drawn[0] * drawn[1] <= min(card.vae_area_px, asked_px) * 1.5**2
+
+
+@pytest.mark.parametrize(("height", "width"), [(17, 33), (99, 101), (250, 31)])
+def test_odd_sizes_come_out_as_asked_from_odd_pictures(editor: Editor, height: int, width: int) -> None:
+    odd = draw_picture(97, 53)
+    assert editor.edit(make_request(odd, height=height, width=width)).image.size == (width, height)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_are_those_of_a_division_on_the_host(dtype: torch.dtype) -> None:
+    levels = np.arange(256 * 3, dtype=np.uint16).astype(np.uint8).reshape(16, 16, 3)[:, :15]
+    # as diffusers' VaeImageProcessor computes them, before they go to a card
+    expected = 2.0 * torch.from_numpy((levels.astype(np.float32) / 255.0).transpose(2, 0, 1).copy())[None] - 1.0
+    found = to_pixels(torch.from_numpy(levels.copy()), dtype)
+    assert found.is_contiguous()
+    assert torch.equal(found, expected.to(dtype))
+
+
+def test_a_picture_that_was_encoded_is_not_encoded_again(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
+    fast = Editor.open(tiny_folder, device="cpu", settings=Settings(format="bf16"))
+    encoded: list[torch.Size] = []
+    encode = fast._model.vae.encode
+    monkeypatch.setattr(fast._model.vae, "encode", lambda x: encoded.append(x.shape) or encode(x))
+    first = fast.edit(make_request(LANDSCAPE, PORTRAIT))
+    again = fast.edit(make_request(LANDSCAPE, PORTRAIT))
+    assert len(encoded) == 2
+    other = fast.edit(make_request(PORTRAIT))
+    assert len(encoded) == 2
+    assert np.array_equal(pixels(first.image), pixels(again.image))
+    fresh = Editor.open(tiny_folder, device="cpu", settings=Settings(format="bf16"))
+    assert np.array_equal(pixels(other.image), pixels(fresh.edit(make_request(PORTRAIT)).image))
+
+
+def test_the_plain_network_keeps_no_latents(editor: Editor) -> None:
+    assert editor._model.latents is None
+
+
+@pytest.mark.parametrize(("kind", "resizes"), [("edit", 1), ("edit-plus", 2)])
+def test_each_distinct_resize_is_done_once(
+    monkeypatch: pytest.MonkeyPatch, tiny_folders: MakeFolder, kind: str, resizes: int
+) -> None:
+    model = Editor.open(tiny_folders(kind, False), device="cpu")._model
+    sizes: list[tuple[int, int]] = []
+    resize = pipeline.resize
+    monkeypatch.setattr(pipeline, "resize", lambda image, *size: sizes.append(size) or resize(image, *size))
+    prepared = pipeline.prepare(make_request(), model)
+    assert len(sizes) == len(set(sizes)) == resizes
+    [seen], [reference] = prepared.encoder_images, prepared.references
+    assert np.array_equal(pixels(seen), pixels(resize(LANDSCAPE, seen.height, seen.width)))
+    levels = reference.levels.numpy()
+    assert np.array_equal(levels, pixels(resize(LANDSCAPE, *levels.shape[:2])))
 
 
 def test_edit_takes_one_picture(tiny_folders: MakeFolder) -> None:

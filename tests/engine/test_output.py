@@ -1,4 +1,4 @@
-"""Levels as pipeline.to_image rounds them, and pictures written by threads."""
+"""Levels as diffusers rounds them, and pictures written by threads."""
 
 import threading
 from pathlib import Path
@@ -8,23 +8,38 @@ import pytest
 import torch
 from PIL import Image
 
-from millicent.engine.output import Writer, fetch, to_uint8
+from millicent.engine.output import Sent, Writer, fetch, to_uint8
 from millicent.engine.pipeline import to_image
 from millicent.errors import OutputError
 from millicent.images import open_image, read_metadata
 
 
+def levels_by_numpy(pixels: torch.Tensor) -> np.ndarray:
+    """As diffusers' VaeImageProcessor: halved and clamped in the pixels' dtype, scaled and rounded in FP32, to even."""
+    halved = (pixels / 2 + 0.5).clamp(0, 1)
+    return np.rint(halved.permute(1, 2, 0).float().numpy() * np.float32(255)).astype(np.uint8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_levels_are_those_of_to_image(dtype: torch.dtype, layout: torch.memory_format) -> None:
+def test_levels_are_rounded_as_diffusers_does(dtype: torch.dtype, layout: torch.memory_format) -> None:
     # every level, every boundary between two, and what lies outside
     steps = torch.cat([torch.arange(-6, 2 * 255 + 6) / 255 - 1, torch.randn(3000, generator=torch.Generator().manual_seed(0))])
     pixels = steps[: len(steps) // 18 * 18].view(1, 3, 6, -1).to(dtype).to(memory_format=layout)[0]
     levels = to_uint8(pixels)
     assert levels.dtype == torch.uint8
     assert levels.is_contiguous()
-    np.testing.assert_array_equal(levels.numpy(), np.asarray(to_image(pixels)))
-    np.testing.assert_array_equal(np.asarray(fetch(levels)), np.asarray(to_image(pixels)))
+    np.testing.assert_array_equal(levels.numpy(), levels_by_numpy(pixels))
+    np.testing.assert_array_equal(np.asarray(fetch(levels)), levels_by_numpy(pixels))
+    np.testing.assert_array_equal(np.asarray(to_image(pixels)), levels_by_numpy(pixels))
+
+
+def test_what_is_sent_arrives_in_any_thread() -> None:
+    tensors = (torch.arange(6, dtype=torch.uint8).view(2, 3), torch.tensor(True))
+    sent = Sent(*tensors)
+    with Writer(threads=1) as writer:
+        arrived = writer.submit(sent.wait)
+    assert all(torch.equal(found, expected) for found, expected in zip(arrived.result(), tensors, strict=True))
 
 
 def test_pictures_are_written_when_the_writer_is_left(tmp_path: Path) -> None:

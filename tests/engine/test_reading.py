@@ -8,12 +8,14 @@ import torch
 from conftest import draw_picture
 from PIL import Image
 from safetensors.torch import load_file
+from test_capture import Recorder
 from torch import Tensor
 
 from millicent import demo
 from millicent.checkpoint.architecture import text_encoder_name
 from millicent.checkpoint.folder import read_json
 from millicent.checkpoint.load import fill
+from millicent.engine.capture import Replays
 from millicent.engine.reading import Reader
 from millicent.errors import CheckpointError, InputError, PromptTooLongError
 from millicent.model.text_encoder import TextEncoder, build_network, read_image_processor, read_tokenizer
@@ -72,6 +74,29 @@ def test_the_past_does_not_show_in_a_single_bit(encoder: TextEncoder) -> None:
     assert remembers.openings.hits == 2
 
 
+def test_recorded_work_reads_the_same_bits(encoder: TextEncoder) -> None:
+    recorder = Recorder()
+    plain, reader = Reader(encoder, 0), Reader(encoder, 0)
+    reader.replays = Replays(recorder.record, kept=12)
+    # pictures and prompts differ, their shapes do not
+    for seed, prompt in enumerate(("navy", "blue", "make it blue", "")):
+        images = [draw_picture(112, 56, seed=seed), LANDSCAPE]
+        assert torch.equal(reader.read(prompt, images), plain.read(prompt, images))
+    # two pictures, one opening, one length of prompts
+    assert (recorder.recorded, recorder.replayed) == (4, 4 * 3)
+
+
+def test_nothing_shows_of_the_padding(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Reader(encoder, 0).read("navy", [LANDSCAPE])
+    pad_token = encoder.tokenizer.pad_token
+    encoder.tokenizer.pad_token = "a"
+    assert torch.equal(Reader(encoder, 0).read("navy", [LANDSCAPE]), expected)
+    encoder.tokenizer.pad_token = pad_token
+    monkeypatch.setattr("millicent.engine.reading.TOKENS_MULTIPLE", 1)
+    found = Reader(encoder, 0).read("navy", [LANDSCAPE])
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=RELATIVE * expected.abs().max().item())
+
+
 def test_pictures_are_known_by_content_and_order(encoder: TextEncoder) -> None:
     reader = Reader(encoder, PLENTY_BYTES)
     first = reader.read("navy", [LANDSCAPE, PORTRAIT])
@@ -101,7 +126,7 @@ def test_what_is_counted_is_what_is_kept(encoder: TextEncoder) -> None:
     reader = Reader(encoder, PLENTY_BYTES)
     embedding = reader.read("navy", [LANDSCAPE, PORTRAIT])
     (opening, counted), *_ = reader.openings._kept.values()
-    tensors = (opening.hidden, *opening.past.keys, *opening.past.values)
+    tensors = (opening.hidden, opening.past)
     assert counted == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     assert reader.embeddings.bytes == embedding.untyped_storage().nbytes()
 

@@ -25,9 +25,9 @@ from millicent.model.prompt import edit_plus_prompt
 from millicent.model.qwen_vl import (
     KeyValues,
     check_config,
-    embed,
     encode_vision,
     plan_vision,
+    put_pictures,
     rotary_text,
     run_language,
 )
@@ -65,7 +65,8 @@ class Tiny:
         plan = plan_vision(processed["image_grid_thw"].tolist(), self.network.config.vision_config)
         features, _ = encode_vision(self.network.visual, processed["pixel_values"], plan)
         tokens = torch.tensor(ids)
-        return embed(self.network, tokens, features, (tokens == self.network.config.image_token_id).nonzero().flatten())
+        places = (tokens == self.network.config.image_token_id).nonzero().flatten()
+        return put_pictures(self.network.language_model.embed_tokens(tokens), features, places)
 
     def run(self, embeds: Tensor, positions: Tensor, past: KeyValues | None = None) -> tuple[Tensor, KeyValues]:
         return run_language(self.network.language_model, embeds, *rotary_text(positions, self.network.config.text_config), past)
@@ -107,7 +108,7 @@ def test_a_prompt_goes_on_where_anothers_pictures_ended(tiny: Tiny) -> None:
     assert ids[shared] != first[shared]
     _, past = tiny.run(tiny.embeds(first, processed), first_positions)
     embeds = tiny.embeds(ids, processed)
-    hidden, whole = tiny.run(embeds[:, shared:], positions[:, shared:], past.prefix(shared))
+    hidden, whole = tiny.run(embeds[:, shared:], positions[:, shared:], KeyValues.unpack(past.pack()[..., :shared, :]))
     expected, expected_whole = tiny.run(embeds, positions)
     assert_close(hidden, expected[:, shared:])
     assert whole.tokens == len(ids)
@@ -115,11 +116,14 @@ def test_a_prompt_goes_on_where_anothers_pictures_ended(tiny: Tiny) -> None:
         assert_close(found, wanted)
 
 
-def test_a_prefix_keeps_no_other_memory_alive(tiny: Tiny) -> None:
+def test_what_is_packed_is_all_that_is_kept_alive(tiny: Tiny) -> None:
     ids, positions, processed = tiny.prepare("navy", PICTURES[:1])
     _, past = tiny.run(tiny.embeds(ids, processed), positions)
-    for tensor in (*past.prefix(5).keys, *past.prefix(5).values):
-        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    packed = past.pack()
+    assert packed.untyped_storage().nbytes() == packed.numel() * packed.element_size()
+    unpacked = KeyValues.unpack(packed)
+    for found, wanted in zip((*unpacked.keys, *unpacked.values), (*past.keys, *past.values), strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("all_windowed", [False, True])
@@ -189,7 +193,8 @@ def test_no_value_is_asked_for_on_the_way() -> None:
     plan = plan_vision([(1, 10, 14), (1, 8, 4)], network.config.vision_config).to(meta)
     tokens, hidden = encode_vision(network.visual, torch.empty(172, 1176, device=meta), plan)
     assert (tokens.shape, hidden.shape) == ((43, 128), (172, 96))
-    embeds = embed(network, torch.zeros(60, dtype=torch.long, device=meta), tokens, torch.zeros(43, dtype=torch.long, device=meta))
+    ids, places = (torch.zeros(count, dtype=torch.long, device=meta) for count in (60, 43))
+    embeds = put_pictures(network.language_model.embed_tokens(ids), tokens, places)
     positions = torch.zeros(3, 60, dtype=torch.long, device=meta)
     past = None
     for total in (60, 120):

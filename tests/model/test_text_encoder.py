@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import HIDDEN, MakePipeline, draw_picture, make_tokenizer
@@ -14,6 +15,7 @@ from millicent.checkpoint.folder import read_json
 from millicent.checkpoint.load import fill
 from millicent.errors import CheckpointError, IncompleteModelError, InputError, PromptTooLongError, WeightsMismatchError
 from millicent.model.prompt import SYSTEM_PREFIX
+from millicent.model.qwen_vl import cut_patches
 from millicent.model.text_encoder import (
     TextEncoder,
     build_network,
@@ -53,6 +55,17 @@ def reference_states(pipeline: object, text: str, images: list[Image.Image]) -> 
     with torch.inference_mode():
         states = pipeline.text_encoder(**inputs, output_hidden_states=True).hidden_states[-1]
     return states[0, 64:]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(("height", "width"), [(56, 84), (384, 384), (203, 500), (20, 90), (1400, 1100)])
+def test_patches_are_the_processors_to_the_bit(encoder: TextEncoder, height: int, width: int, mode: str) -> None:
+    image = draw_picture(height, width).convert(mode)
+    processed = encoder.image_processor(images=[image], return_tensors="pt")
+    levels = torch.from_numpy(np.array(encoder.size_picture(image)))
+    found = cut_patches(levels, encoder.normalize_levels(), encoder.network.config.vision_config)
+    assert torch.equal(found, processed["pixel_values"])
+    assert processed["image_grid_thw"].tolist() == [[1, levels.shape[0] // 14, levels.shape[1] // 14]]
 
 
 @pytest.mark.parametrize("images", [[LANDSCAPE], [PORTRAIT, LANDSCAPE], [LANDSCAPE, LANDSCAPE, PORTRAIT]])

@@ -7,9 +7,8 @@ without them.
 from __future__ import annotations
 
 import dataclasses
-import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -19,17 +18,19 @@ from millicent.checkpoint.folder import open_folder, read_json
 from millicent.edits import EditRequest, EditResult, OnProgress, Progress, Stage, Timings
 from millicent.engine.planner import Plan
 from millicent.engine.settings import Settings
-from millicent.errors import IncompleteModelError, MissingExtraError, ModelNotFoundError
+from millicent.errors import IncompleteModelError, InputError, MillicentError, MissingExtraError, ModelNotFoundError
 from millicent.facts.models import ModelCard, find_card, read_card
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from millicent.checkpoint.recognize import Network
     from millicent.engine.loading import Model
+    from millicent.engine.pipeline import Course
 
 DEMO_NAMES = ("demo", "demo-base")
 DEMO_BASE_STEPS = 20
 DEFAULT_SETTINGS = Settings()
-_DRAWN_SEEDS = 2**32  # a random seed is short enough to type again
 
 
 class Editor:
@@ -95,41 +96,56 @@ class Editor:
         return cls(name, loaded)
 
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> EditResult:
-        """Draw every variant of a request. Raises InputError and its kinds for what this model cannot draw."""
+        """Draw every variant of a request.
+
+        Raises InputError and its kinds for what this model cannot draw; MachineError where memory or a kernel fails, after which
+        the editor can be used again.
+        """
         import torch
 
-        from millicent.engine import modulation, pipeline
+        from millicent.engine import failures, pipeline
 
-        model, card = self._model, self.card
-        first_seed = secrets.randbelow(_DRAWN_SEEDS) if request.seed is None else request.seed
-        seeds = tuple(first_seed + variant for variant in range(request.variants))
-        true_cfg = card.true_cfg if request.true_cfg is None else request.true_cfg
-        negative_prompt = card.negative_prompt if request.negative_prompt is None else request.negative_prompt
+        model = self._model
         watch = _Watch(on_progress, model)
-        with torch.inference_mode():
+        with failures.guarded(model), torch.inference_mode():
             with watch.stage("prepare"):
                 prepared = pipeline.prepare(request, model)
-                sigmas, schedule = pipeline.make_sigmas(request, model, prepared.height, prepared.width)
-                if model.fast is None:
-                    modulation.check_schedule(model.mmdit, sigmas)
-                else:
-                    model.fast.modulation.mods(sigmas)
+                course = pipeline.settle(request, model, prepared.height, prepared.width)
+                pipeline.check_sigmas(course, model)
             with watch.stage("encode"):
-                guidance = negative_prompt if true_cfg > 1 else None
-                conditioning = pipeline.encode(prepared, model, request.prompt, guidance)
-            with watch.stage("denoise", len(sigmas) - 1) as on_step:
-                latents = pipeline.draw(conditioning, model, sigmas, seeds, true_cfg, on_step)
-            with watch.stage("decode", len(seeds)) as on_step:
+                conditioning = pipeline.encode(prepared, model, request.prompt, course.negative_prompt)
+            with watch.stage("denoise", course.steps) as on_step:
+                latents = pipeline.draw(conditioning, model, course.sigmas, course.seeds, course.true_cfg, on_step)
+            with watch.stage("decode", len(course.seeds)) as on_step:
                 images = pipeline.decode(latents, request, model, on_step)
+        timings = Timings(**{f"{stage}_s": seconds for stage, seconds in watch.seconds.items()})
+        return self._make_result(course, images, timings)
+
+    def edit_many(self, requests: Iterable[EditRequest], ahead: int = 1) -> Iterator[EditResult | MillicentError]:
+        """Draw requests one after another, in order, with the work around each picture done while another is drawn.
+
+        The pictures are those of `edit`, to the bit. What `edit` would raise for a request comes in its place as a value, and the
+        others go on. A result comes once the request after it has been taken from `requests`. To stop early, close the
+        iterator; `edit` may be called between two results, from the same thread.
+        ahead: how many requests are taken and prepared in a thread before their turn to be encoded, 1 or more.
+        Raises InputError for less; what is neither of MillicentError's kinds nor of its making ends the run.
+        """
+        from millicent.engine.stream import Stream
+
+        if ahead < 1:
+            raise InputError(f"ahead is {ahead}.", "Use 1 or more, or edit().")
+        return Stream(self._model, self._make_result).run(requests, ahead)
+
+    def _make_result(self, course: Course, images: Sequence[Image.Image], timings: Timings) -> EditResult:
         return EditResult(
             images=tuple(images),
-            seeds=seeds,
-            sigmas=tuple(sigmas),
-            schedule=schedule,
-            true_cfg=true_cfg,
+            seeds=course.seeds,
+            sigmas=course.sigmas,
+            schedule=course.schedule,
+            true_cfg=course.true_cfg,
             model=self.name,
             weights_sha256=self.weights_sha256,
-            timings=Timings(**{f"{stage}_s": seconds for stage, seconds in watch.seconds.items()}),
+            timings=timings,
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from millicent.checkpoint.fingerprint import weights_sha256
 from millicent.checkpoint.folder import open_folder, read_json
@@ -17,6 +17,8 @@ from millicent.checkpoint.load import MappedFiles, fill, load_network, read_para
 from millicent.checkpoint.lora import fuse_loras
 from millicent.checkpoint.recognize import Network
 from millicent.engine import planner
+from millicent.engine.caches import ByteBudgetCache
+from millicent.engine.fast_encoder import quantize_encoder
 from millicent.engine.fast_vae import CapturedVAE, speed_up
 from millicent.engine.linears import linear_maker
 from millicent.engine.modulation import ModulationSource, attach_stored
@@ -36,8 +38,10 @@ from millicent.model.vae import VAE
 
 # not FP16: the transformer's activations reach 1e7
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+HOST = torch.device("cpu")
 DEFAULT_SETTINGS = Settings()
 CACHE_BYTES = 512 << 20  # of what was read of pictures and prompts; 270 tokens of keys and values take 16 MB
+LATENTS_BYTES = 64 << 20  # of what the VAE made of pictures; one of 1024x1024 takes half a megabyte in BF16
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +65,9 @@ def lay_out(mmdit: MMDiT, plan: Plan, device: torch.device, dtype: torch.dtype) 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Everything that an edit runs on. fast, reader: None where the plain networks draw and read.
+    """Everything that an edit runs on. fast, reader, latents: None where the plain networks draw, read and encode.
 
+    latents: (1, 16, h, w) of the pictures that the VAE saw last, by caches.image_key of what it saw.
     schedule: how the folder's scheduler shifts the base schedule. warnings: what to know of the weights.
     """
 
@@ -77,6 +82,7 @@ class Model:
     warnings: tuple[str, ...] = ()
     fast: FastDrawing | None = None
     reader: Reader | None = None
+    latents: ByteBudgetCache[str, Tensor] | None = None
 
     @property
     def pixels_per_token(self) -> int:
@@ -123,7 +129,7 @@ def load_model(
         card=card,
         mmdit=mmdit if plan is not None else mmdit.to(device),
         vae=_load_vae(path / "vae", parts["vae"], dtype).to(device),
-        text_encoder=_load_text_encoder(path, parts["text_encoder"], card, device, dtype),
+        text_encoder=_load_text_encoder(path, parts["text_encoder"], card, device if plan is None else HOST, dtype),
         schedule=BaseSchedule.from_dict(read_json(path / "scheduler" / "scheduler_config.json")),
         device=device,
         dtype=dtype,
@@ -143,14 +149,20 @@ def load_model(
 
 
 def speed_up_model(model: Model, plan: Plan) -> Model:
-    """The same model with every part as fast as its plan says: the transformer laid out, the VAE fused, the encoder remembering."""
+    """The same model with every part as fast as its plan says: the transformer laid out, the VAE fused, the encoder remembering.
+
+    Its networks are taken over, and are of no use elsewhere afterwards.
+    """
     assert isinstance(model.vae, VAE)
     fast = lay_out(model.mmdit, plan, model.device, model.dtype)
-    reader = Reader(model.text_encoder, CACHE_BYTES)
+    latents = ByteBudgetCache[str, Tensor](LATENTS_BYTES)
     if model.device.type != "cuda":
-        return dataclasses.replace(model, fast=fast, reader=reader)
+        return dataclasses.replace(model, fast=fast, reader=Reader(model.text_encoder, CACHE_BYTES), latents=latents)
+    quantize_encoder(model.text_encoder.network, model.device, plan.text_encoder)
+    model.text_encoder.network.to(model.device)
+    reader = Reader(model.text_encoder, CACHE_BYTES)
     speed_up(model.vae)
-    return dataclasses.replace(model, fast=fast, reader=reader, vae=CapturedVAE(model.vae))
+    return dataclasses.replace(model, fast=fast, reader=reader, latents=latents, vae=CapturedVAE(model.vae))
 
 
 def _describe_card(device: torch.device) -> tuple[planner.Capability | None, str]:

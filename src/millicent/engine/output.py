@@ -20,20 +20,42 @@ T = TypeVar("T")
 def to_uint8(pixels: Tensor) -> Tensor:
     """pixels (3, H, W) in [-1, 1] -> levels (H, W, 3) uint8 on the same device, rounded to the nearest of 256.
 
-    The pixels' own dtype holds until the scaling, as in pipeline.to_image, so that the same pixels give the same levels.
+    The pixels' own dtype holds until the scaling, as in diffusers, so that the same pixels give the same levels.
     """
     levels = ((pixels * 0.5 + 0.5).clamp(0, 1).float() * 255).round()
     return levels.permute(1, 2, 0).to(torch.uint8, memory_format=torch.contiguous_format)
 
 
+class Sent:
+    """Tensors on their way off a card: the copies are in the current stream's queue, and the host has not waited for them.
+
+    `wait` may be called from another thread than the one that drew.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = tensors
+        device = tensors[0].device
+        if device.type == "cuda":
+            # torch keeps pinned blocks: cheap but at first
+            self._host = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors)
+            for host, tensor in zip(self._host, tensors, strict=True):
+                host.copy_(tensor, non_blocking=True)
+            # waiting for it lets other threads run, and does not spin
+            self._event = torch.cuda.Event(blocking=True)
+            self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The same tensors on the host, once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
 def fetch(levels: Tensor) -> Image.Image:
     """levels (H, W, 3) uint8 -> a picture, by one copy into pinned memory; waits for that copy and what comes before it."""
     assert levels.dtype == torch.uint8
-    if levels.device.type != "cuda":
-        return Image.fromarray(levels.numpy())
-    host = torch.empty(levels.shape, dtype=torch.uint8, pin_memory=True)  # torch keeps pinned blocks: cheap but at first
-    host.copy_(levels, non_blocking=True)
-    torch.cuda.current_stream(levels.device).synchronize()
+    [host] = Sent(levels).wait()
     return Image.fromarray(host.numpy())  # copies: Pillow's RGB takes four bytes a pixel
 
 

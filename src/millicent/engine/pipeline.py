@@ -9,7 +9,9 @@ the same weights and the same seed give the same picture.
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from millicent.edits import EditRequest
+from millicent.engine.caches import image_key, size_bytes
 from millicent.engine.loading import FastDrawing, Model
+from millicent.engine.modulation import check_schedule
+from millicent.engine.output import Sent, fetch, to_uint8
 from millicent.engine.sampler import base_sigmas, denoise, guide, lightning_sigmas
 from millicent.errors import CheckpointError, InputError, SizeError
 from millicent.facts.models import ModelCard
@@ -27,19 +32,47 @@ from millicent.images import fit_to, flatten
 OnStep = Callable[[int, int], None]  # the step's number and how many there are
 
 PATCH = 2  # latents a side of one token
+_MAX_ASPECT = 200  # Qwen2-VL's image processor takes no longer ones
+_DRAWN_SEEDS = 2**32  # a random seed is short enough to type again
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A picture as the VAE sees it: levels (H, W, 3) uint8 on the host, and its key for Model.latents, where there are any."""
+
+    levels: Tensor
+    key: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """The pictures as the two encoders want them, and the size to draw, in pixels.
 
-    encoder_images: for the text encoder. references: for the VAE, each (1, 3, H, W) in [-1, 1], FP32.
+    encoder_images: for the text encoder. references: for the VAE.
     """
 
     encoder_images: tuple[Image.Image, ...]
-    references: tuple[Tensor, ...]
+    references: tuple[Reference, ...]
     height: int
     width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What a request left open, decided.
+
+    seeds: one for each variant. sigmas: the final 0 included. negative_prompt: None without guidance.
+    """
+
+    seeds: tuple[int, ...]
+    sigmas: tuple[float, ...]
+    schedule: str
+    true_cfg: float
+    negative_prompt: str | None
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +106,50 @@ def prepare(request: EditRequest, model: Model) -> Prepared:
             "Give one picture, or use a model of the 2509 or 2511 kind.",
         )
     images = [flatten(image) for image in request.images]
-    vae_images = [resize(image, *size_for_area(card.vae_area_px, image.height, image.width)) for image in images]
+    areas = (card.encoder_area_px, card.vae_area_px)
+    sizes = [tuple(size_for_area(area, image.height, image.width) for area in areas) for image in images]
     # in Edit both encoders get the same picture, resized once
-    encoder_images = [resize(image, *size_for_area(card.encoder_area_px, image.height, image.width)) for image in images]
+    wanted = dict.fromkeys((number, size) for number, pair in enumerate(sizes) for size in pair)
+    with ThreadPoolExecutor(len(wanted)) as pool:  # Pillow lets other threads run while it resizes
+        resized = dict(zip(wanted, pool.map(lambda job: resize(images[job[0]], *job[1]), wanted), strict=True))
     height, width = drawn_size(request, card, model.pixels_per_token)
-    return Prepared(tuple(encoder_images), tuple(to_pixels(image) for image in vae_images), height, width)
+    return Prepared(
+        tuple(resized[number, size] for number, (size, _) in enumerate(sizes)),
+        tuple(_refer(resized[number, size], model) for number, (_, size) in enumerate(sizes)),
+        height,
+        width,
+    )
+
+
+def _refer(image: Image.Image, model: Model) -> Reference:
+    levels = torch.from_numpy(np.array(image))
+    if model.device.type == "cuda":  # an upload from pinned memory waits for nothing
+        levels = levels.pin_memory()
+    return Reference(levels, None if model.latents is None else image_key(image))
+
+
+def settle(request: EditRequest, model: Model, height: int, width: int) -> Course:
+    """Decide on what the request left to the model's card, for a picture of height x width pixels; a seed is drawn."""
+    card = model.card
+    first_seed = secrets.randbelow(_DRAWN_SEEDS) if request.seed is None else request.seed
+    sigmas, schedule = make_sigmas(request, model, height, width)
+    true_cfg = card.true_cfg if request.true_cfg is None else request.true_cfg
+    negative_prompt = card.negative_prompt if request.negative_prompt is None else request.negative_prompt
+    return Course(
+        seeds=tuple(first_seed + variant for variant in range(request.variants)),
+        sigmas=tuple(sigmas),
+        schedule=schedule,
+        true_cfg=true_cfg,
+        negative_prompt=negative_prompt if true_cfg > 1 else None,
+    )
+
+
+def check_sigmas(course: Course, model: Model) -> None:
+    """Raises ScheduleError for sigmas that the model's modulation table lacks; makes the table where there is none yet."""
+    if model.fast is None:
+        check_schedule(model.mmdit, course.sigmas)
+    else:
+        model.fast.modulation.mods(course.sigmas)
 
 
 def size_for_area(area_px: int, height: int, width: int, multiple: int = 32) -> tuple[int, int]:
@@ -85,7 +157,7 @@ def size_for_area(area_px: int, height: int, width: int, multiple: int = 32) -> 
     ratio = width / height
     wide = math.sqrt(area_px * ratio)
     sized = round(wide / ratio / multiple) * multiple, round(wide / multiple) * multiple
-    if 0 in sized:
+    if 0 in sized or max(sized) > _MAX_ASPECT * min(sized):
         raise SizeError(
             f"A picture of {width}x{height} pixels is too long for this model.",
             "Crop it so that the longer side is at most 16 times the shorter.",
@@ -106,10 +178,21 @@ def encode(prepared: Prepared, model: Model, prompt: str, negative_prompt: str |
     """Read the prompts with the pictures, and encode the pictures. `negative_prompt` is None without guidance."""
     positive = read(prompt, prepared, model)
     negative = None if negative_prompt is None else read(negative_prompt, prepared, model)
-    latents = [model.vae.encode(pixels.to(model.device, model.dtype)) for pixels in prepared.references]
+    latents = [encode_picture(reference, model) for reference in prepared.references]
     target = prepared.height // model.pixels_per_token, prepared.width // model.pixels_per_token
     shapes = [target, *((z.shape[2] // PATCH, z.shape[3] // PATCH) for z in latents)]
     return Conditioning(positive, negative, torch.cat([pack(z) for z in latents], 1), tuple(shapes))
+
+
+def encode_picture(reference: Reference, model: Model) -> Tensor:
+    """(1, 16, h, w), from the cache where there is one; not to be changed in place."""
+    latents = None if model.latents is None or reference.key is None else model.latents.get(reference.key)
+    if latents is None:
+        levels = reference.levels.to(model.device, non_blocking=True)
+        latents = model.vae.encode(to_pixels(levels, model.dtype))
+        if model.latents is not None and reference.key is not None:
+            model.latents.put(reference.key, latents, size_bytes(latents))
+    return latents
 
 
 def read(prompt: str, prepared: Prepared, model: Model) -> Tensor:
@@ -184,7 +267,9 @@ def make_noise(seeds: Sequence[int], model: Model, height: int, width: int) -> T
     """(B, 16, height, width) of latents; each row from its own CPU generator, in the compute dtype, as in diffusers."""
     shape = (1, model.vae.config.z_dim, height, width)
     rows = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=model.dtype) for seed in seeds]
-    return torch.cat(rows).to(model.device)
+    noise = torch.cat(rows)
+    # from pinned memory, or the copy would wait for the picture that is drawn before
+    return noise.pin_memory().to(model.device, non_blocking=True) if model.device.type == "cuda" else noise
 
 
 def make_sigmas(request: EditRequest, model: Model, height: int, width: int) -> tuple[list[float], str]:
@@ -209,14 +294,25 @@ def decode(latents: Latents, request: EditRequest, model: Model, on_step: OnStep
     for number in range(count):
         if on_step is not None:
             on_step(number, count)
-        pixels = model.vae.decode(latents.tensor[number : number + 1])
-        if not bool(pixels.isfinite().all()):
-            raise CheckpointError("The model drew values that are not finite.", "Check its weights, or try fp32.")
-        image = to_image(pixels[0])
-        if request.height is not None and request.width is not None:
-            image = fit_to(image, request.width, request.height, request.fit)
-        images.append(image)
+        images.append(receive(send(latents.tensor[number : number + 1], model), request))
     return images
+
+
+def send(latents: Tensor, model: Model) -> Sent:
+    """Decode latents (1, 16, h, w), and start their picture's way to the host; on a card nothing is waited for."""
+    pixels = model.vae.decode(latents)
+    return Sent(to_uint8(pixels[0]), pixels.isfinite().all())
+
+
+def receive(sent: Sent, request: EditRequest) -> Image.Image:
+    """Wait for a picture and bring it to the asked size. Raises CheckpointError where its values were not finite."""
+    levels, finite = sent.wait()
+    if not bool(finite):
+        raise CheckpointError("The model drew values that are not finite.", "Check its weights, or try fp32.")
+    image = Image.fromarray(levels.numpy())
+    if request.height is not None and request.width is not None:
+        image = fit_to(image, request.width, request.height, request.fit)
+    return image
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -236,13 +332,15 @@ def resize(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def to_pixels(image: Image.Image) -> Tensor:
-    """(1, 3, H, W) in [-1, 1], FP32."""
-    array = np.asarray(image, dtype=np.float32) / 255.0
-    return 2.0 * torch.from_numpy(array.transpose(2, 0, 1).copy())[None] - 1.0
+def to_pixels(levels: Tensor, dtype: torch.dtype) -> Tensor:
+    """levels (H, W, 3) uint8 -> (1, 3, H, W) in [-1, 1] on the same device, computed in FP32, then cast."""
+    # by a table from the host: a card would multiply by 1 / 255 where a CPU divides, and differ in the last bit
+    table = (2.0 * (torch.arange(256, dtype=torch.float32) / 255.0) - 1.0).to(dtype)
+    indices = levels.permute(2, 0, 1).reshape(-1).int()
+    pixels = table.to(levels.device, non_blocking=True).index_select(0, indices)
+    return pixels.view(1, 3, *levels.shape[:2])
 
 
 def to_image(pixels: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> a picture, rounded to the nearest of 256 levels."""
-    levels = ((pixels * 0.5 + 0.5).clamp(0, 1).float() * 255).round()
-    return Image.fromarray(levels.permute(1, 2, 0).byte().cpu().numpy())
+    return fetch(to_uint8(pixels))

@@ -12,6 +12,7 @@ from millicent.errors import MachineError
 
 Capability = tuple[int, int]
 Backend = Literal["cudnn", "flash", "math", "int8"]
+EncoderFormat = Literal["bf16", "fp8"]
 
 # what a card's tensor cores run, from NVIDIA's tables; never by >=: 10.3 lost most of its INT8, and 12.x is no superset of 10.x
 TENSOR_CORES: Mapping[Format, frozenset[Capability]] = {
@@ -32,6 +33,7 @@ class Plan:
     """What will run. because: a line for each choice."""
 
     format: Format
+    text_encoder: EncoderFormat
     attention: Backend
     reuse_reference: bool
     bf16_down: bool
@@ -55,14 +57,16 @@ def plan(settings: Settings, capability: Capability | None, card: str) -> Plan |
     if settings.plain or (capability is None and settings == Settings()):
         return None
     chosen, why = _choose_format(settings.format, capability, card)
+    encoder, why_encoder = _choose_encoder(chosen, capability)
     backend, why_attention = _choose_attention(settings, capability, card)
     return Plan(
         format=chosen,
+        text_encoder=encoder,
         attention=backend,
         reuse_reference=settings.reuse_reference,
         bf16_down=settings.bf16_down,
         bf16_edge_blocks=settings.bf16_edge_blocks,
-        because=(why, why_attention),
+        because=(why, why_encoder, why_attention),
     )
 
 
@@ -80,6 +84,12 @@ def _choose_format(asked: Format | None, capability: Capability | None, card: st
     if "fp8" in runs:
         return "fp8", f"fp8: {told} runs it at twice the rate of BF16, with half the bytes"
     return "int8", f"int8: {told} runs it at twice the rate of BF16, and has no FP8"
+
+
+def _choose_encoder(transformer: Format, capability: Capability | None) -> tuple[EncoderFormat, str]:
+    if capability is not None and transformer in ("fp8", "nvfp4"):  # a card that has FP4 has FP8
+        return "fp8", "the text encoder in fp8 too, whose reading is bound by the bytes of its weights"
+    return "bf16", "the text encoder in bf16"
 
 
 def _choose_attention(settings: Settings, capability: Capability | None, card: str) -> tuple[Backend, str]:

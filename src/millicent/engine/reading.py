@@ -5,29 +5,34 @@ tower depends on the picture alone; what the language model makes of the system 
 after them, as it is causal; so each is kept by the pictures' content, and a new prompt costs only its own few tokens.
 
 The language model always runs in the same two parts, pictures first and prompt second, whether or not the first part is
-kept from before: an edit must not depend, in its last bits, on what was edited earlier.
+kept from before: an edit must not depend, in its last bits, on what was edited earlier. The prompt is padded behind, where no
+token of it looks, so that few lengths serve all prompts; on a card each length is soon one recorded graph, of the same
+kernels in the same order. Nothing waits for the card: what is read may still be on its way when `read` returns.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from millicent.engine.caches import ByteBudgetCache, image_key, size_bytes
+from millicent.engine.capture import GraphRecorder, Replays, Tensors, Work
 from millicent.model.qwen_vl import (
     Grid,
     KeyValues,
     VisionPlan,
     check_config,
-    embed,
+    cut_patches,
     encode_vision,
     plan_vision,
+    put_pictures,
     rotary_text,
     run_language,
 )
@@ -37,6 +42,10 @@ from millicent.model.text_encoder import TextEncoder, lay_out_tokens
 _PICTURES_SHARE, _OPENINGS_SHARE = 0.125, 0.625
 # a catalog's photos have few shapes; a plan is some hundred kilobytes
 _KEPT_PLANS = 16
+# prompts are padded to a multiple of so many tokens: up to there the weights' bytes decide the time, not the tokens
+TOKENS_MULTIPLE = 32
+# for each shape of photo one of its patches, one of its opening and one or two of prompts
+_KEPT_GRAPHS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,54 +60,62 @@ class Picture:
 class Opening:
     """The system text and the pictures, as the language model has read them.
 
-    past: their keys and values. hidden: (1, T, C) their hidden states without the system prefix's. next_position: of the
-    token after them.
+    past: their keys and values, as KeyValues.pack lays them out. hidden: (1, T, C) their hidden states without the system
+    prefix's. next_position: of the token after them.
     """
 
-    past: KeyValues
+    past: Tensor
     hidden: Tensor
     next_position: int
 
     @property
     def size_bytes(self) -> int:
-        return size_bytes(self.hidden, *self.past.keys, *self.past.values)
+        return size_bytes(self.hidden, self.past)
 
 
 class Reader:
-    """A text encoder that remembers. For one thread at a time.
+    """A text encoder that remembers. For one thread at a time, on one stream. The network stays on its device from here on.
 
     budget_bytes: what may be kept, on the device, altogether; with 0 nothing is, and the results are the same to the bit.
+    uses_graphs: on a CUDA device, record what comes again as CUDA graphs; the results are the same to the bit.
     pictures, openings, embeddings: the three caches, for their counts.
     Raises CheckpointError for an encoder whose config asks for what `model.qwen_vl` does not compute.
     """
 
-    def __init__(self, text_encoder: TextEncoder, budget_bytes: int) -> None:
+    def __init__(self, text_encoder: TextEncoder, budget_bytes: int, *, uses_graphs: bool = True) -> None:
         self.text_encoder = text_encoder
         self._network: Any = text_encoder.network
         self._config: Any = self._network.config
         check_config(self._config)
+        self.device = _device_of(text_encoder.network)
+        records = uses_graphs and self.device.type == "cuda"
+        self.replays = Replays(GraphRecorder(self.device).record, _KEPT_GRAPHS) if records else None
         pictures, openings = int(budget_bytes * _PICTURES_SHARE), int(budget_bytes * _OPENINGS_SHARE)
         self.pictures = ByteBudgetCache[str, Picture](pictures)
         self.openings = ByteBudgetCache[tuple[str, ...], Opening](openings)
         self.embeddings = ByteBudgetCache[tuple[tuple[str, ...], str], Tensor](budget_bytes - pictures - openings)
+        self._normalized = text_encoder.normalize_levels().to(self.device)
         # of sizes, not of content
-        self._plan = functools.lru_cache(_KEPT_PLANS)(functools.partial(_plan_on, self._config))
+        self._plan = functools.lru_cache(_KEPT_PLANS)(functools.partial(_plan_on, self._config, self.device))
 
     def clear(self) -> None:
         """Forget everything: the weights have changed, or the memory is needed."""
         for cache in (self.pictures, self.openings, self.embeddings):
             cache.clear()
+        if self.replays is not None:
+            self.replays.clear()
 
     @torch.no_grad()
     def read(self, prompt: str, images: Sequence[Image.Image]) -> Tensor:
         """The post-norm last hidden states (1, T, C) of a prompt with its pictures, the system prefix cut off.
 
         images: at least one, as the model's card sizes them. The result may be kept: it is not to be changed in place.
-        Raises PromptTooLongError, and InputError for a control token in the prompt.
+        Raises PromptTooLongError, InputError for a control token in the prompt, and MachineError where a recording does not
+        fit into the card's memory.
         """
         assert images
-        self.text_encoder._check_lengths([prompt])
-        text = self.text_encoder._fill_template(prompt, len(images))
+        self.text_encoder.check_lengths([prompt])
+        text = self.text_encoder.fill_template(prompt, len(images))
         keys = tuple(image_key(image) for image in images)
         embedding = self.embeddings.get((keys, prompt))
         if embedding is None:
@@ -107,54 +124,85 @@ class Reader:
         return embedding
 
     def _read(self, text: str, images: Sequence[Image.Image], keys: tuple[str, ...]) -> Tensor:
-        ids = self.text_encoder._tokenize(text)
+        ids = self.text_encoder.tokenize(text)
         # no merge of the tokenizer reaches over a special token, so what comes before this point is the same for any prompt
         end = len(ids) - ids[::-1].index(self._config.vision_end_token_id)
         opening = self.openings.get(keys)
         if opening is None:
-            opening = self._open(ids[:end], images, keys)
+            opening = self.open(ids[:end], images, keys)
             self.openings.put(keys, opening, opening.size_bytes)
-        start = opening.next_position
-        positions = torch.arange(start, start + len(ids) - end, device=self._device).expand(3, -1)
-        embeds = self._network.language_model.embed_tokens(self._ids(ids[end:])).to(self._device, non_blocking=True)[None]
-        hidden, _ = run_language(self._network.language_model, embeds, *self._rotary(positions), opening.past)
-        return torch.cat([opening.hidden, hidden], 1)
+        return torch.cat([opening.hidden, self.go_on(ids[end:], opening)], 1)
 
-    def _open(self, ids: Sequence[int], images: Sequence[Image.Image], keys: Sequence[str]) -> Opening:
-        """ids: the text's tokens up to the last picture's end, one image_pad for each picture."""
-        pictures = [self._look(image, key) for image, key in zip(images, keys, strict=True)]
+    def go_on(self, ids: Sequence[int], opening: Opening) -> Tensor:
+        """The last hidden states (1, T, C) of the T tokens that follow an opening."""
+        padding = [self.text_encoder.tokenizer.pad_token_id] * (-len(ids) % TOKENS_MULTIPLE)
+        padded = [*ids, *padding]
+        start = opening.next_position
+        positions = torch.arange(start, start + len(padded), device=self.device).expand(3, -1)
+        work = functools.partial(_run_prompt, self._network.language_model)
+        (hidden,) = self._run("prompt", work, self._embed(padded)[None], positions, opening.past)
+        return hidden[:, : len(ids)]
+
+    def open(self, ids: Sequence[int], images: Sequence[Image.Image], keys: Sequence[str]) -> Opening:
+        """ids: the text's tokens up to the last picture's end, one image_pad for each picture; keys: the pictures' contents."""
+        pictures = [self.look(image, key) for image, key in zip(images, keys, strict=True)]
         image_token = self.text_encoder.image_token_id
         laid_out, positions = lay_out_tokens(ids, [picture.grid for picture in pictures], image_token)
         places = torch.tensor([place for place, token in enumerate(laid_out) if token == image_token])
         features = torch.cat([picture.features for picture in pictures])
-        embeds = embed(self._network, self._ids(laid_out), features, _upload(places, self._device))
-        cos_sin = self._rotary(_upload(positions, self._device))
-        hidden, past = run_language(self._network.language_model, embeds, *cos_sin, None)
-        kept = hidden[:, self.text_encoder.prefix_tokens :].clone()
-        # a copy: the new keys lie between queries that nobody asks for again
-        return Opening(past.prefix(len(laid_out)), kept, int(positions[:, -1].max()) + 1)
+        embeds = put_pictures(self._embed(laid_out), features, _upload(places, self.device))
+        work = functools.partial(_run_opening, self._network.language_model, self.text_encoder.prefix_tokens)
+        hidden, past = self._run("opening", work, embeds, _upload(positions, self.device))
+        return Opening(past, hidden, int(positions[:, -1].max()) + 1)
 
-    def _look(self, image: Image.Image, key: str) -> Picture:
+    def look(self, image: Image.Image, key: str) -> Picture:
+        """What a picture, whose content's key is given, is to the language model."""
         if (picture := self.pictures.get(key)) is not None:
             return picture
-        processed, [[grid]] = self.text_encoder._preprocess([[image]])
-        [grid_thw] = processed["image_grid_thw"].tolist()
-        plan = self._plan(self._device, tuple(grid_thw))
-        features, _ = encode_vision(self._network.visual, _upload(processed["pixel_values"], self._device), plan)
-        picture = Picture(grid, features)
+        levels = torch.from_numpy(np.array(self.text_encoder.size_picture(image)))
+        features = self.see(_upload(levels, self.device))
+        token_px = self._config.vision_config.patch_size * self._config.vision_config.spatial_merge_size
+        picture = Picture((levels.shape[0] // token_px, levels.shape[1] // token_px), features)
         self.pictures.put(key, picture, size_bytes(features))
         return picture
 
-    def _ids(self, ids: Sequence[int]) -> Tensor:
-        # the table may stay on the host
-        return _upload(torch.tensor(ids), next(self._network.language_model.embed_tokens.parameters()).device)
+    def see(self, levels: Tensor) -> Tensor:
+        """The vision tower's tokens (N, C) of one picture. levels (H, W, 3) uint8 on the device, as the encoder sizes it."""
+        patch_px = self._config.vision_config.patch_size
+        plan = self._plan((1, levels.shape[0] // patch_px, levels.shape[1] // patch_px))
+        (features,) = self._run("vision", functools.partial(_run_vision, self._network.visual, self._normalized, plan), levels)
+        return features
 
-    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary_text(positions, self._config.text_config)
+    def _run(self, key: Hashable, work: Work, *inputs: Tensor) -> Tensors:
+        return work(*inputs) if self.replays is None else self.replays.run(key, work, *inputs)
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self._network.visual.parameters()).device
+    def _embed(self, ids: Sequence[int]) -> Tensor:
+        """(T, C) on the device. The table may stay on the host."""
+        table = self._network.language_model.embed_tokens
+        embedded: Tensor = table(_upload(torch.tensor(ids), table.weight.device))
+        return embedded if embedded.device == self.device else _upload(embedded, self.device)
+
+
+def _device_of(network: Any) -> torch.device:
+    # the embedding table may be elsewhere
+    return network.visual.patch_embed.proj.weight.device
+
+
+# no methods: what is recorded keeps its work, and a reader that kept itself so would outlive its last user
+
+
+def _run_vision(visual: Any, normalized: Tensor, plan: VisionPlan, levels: Tensor) -> Tensors:
+    return encode_vision(visual, cut_patches(levels, normalized, visual.config), plan)[:1]
+
+
+def _run_opening(language_model: Any, prefix_tokens: int, embeds: Tensor, positions: Tensor) -> Tensors:
+    hidden, past = run_language(language_model, embeds, *rotary_text(positions, language_model.config), None)
+    return hidden[:, prefix_tokens:].clone(), past.pack()
+
+
+def _run_prompt(language_model: Any, embeds: Tensor, positions: Tensor, past: Tensor) -> Tensors:
+    cos_sin = rotary_text(positions, language_model.config)
+    return run_language(language_model, embeds, *cos_sin, KeyValues.unpack(past))[:1]
 
 
 def _plan_on(config: Any, device: torch.device, grid: Grid) -> VisionPlan:
@@ -162,6 +210,6 @@ def _plan_on(config: Any, device: torch.device, grid: Grid) -> VisionPlan:
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    # a plain copy would wait until the device has done all its work so far; from memory that is not pinned the driver has
-    # taken the values when the call returns, so the tensor may go
-    return tensor.to(device, non_blocking=True)
+    # a copy from memory that is not pinned may wait until the device has done all its work so far; the allocator of pinned
+    # memory keeps it until the copy is done
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

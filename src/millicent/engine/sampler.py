@@ -97,7 +97,8 @@ def denoise(
     step: latents (B, L, C) and timesteps (B,) in [0, 1] -> velocity (B, L, C). sigmas: n + 1 levels, the last 0.
     on_step: called with the step's number before each step.
     """
-    levels = torch.tensor(sigmas, dtype=torch.float32, device=latents.device)
+    # made on the host: made on a card, they would wait for all its work so far
+    levels = torch.tensor(sigmas, dtype=torch.float32).to(latents.device, non_blocking=True)
     for number, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
         if on_step is not None:
             on_step(number)

@@ -13,7 +13,8 @@ The same network as model/mmdit.py, whose weights it takes over, laid out anew:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -71,15 +72,25 @@ class Pair:
     def __call__(self, rows: Rows, img_rows: int, out: Tensor, side: torch.cuda.Stream | None) -> Tensor:
         """rows (M, K), the first `img_rows` of pictures -> out (M, N). side: runs the text's small product beside the large one."""
         values, scale = rows
-        if side is not None:
-            side.wait_stream(torch.cuda.current_stream())
-        for linear, part in ((self.img, slice(None, img_rows)), (self.txt, slice(img_rows, None))):
-            if len(out[part]):
-                with torch.cuda.stream(side if linear is self.txt else None):
-                    linear.matmul(values[part], None if scale is None else scale[part], out[part])
-        if side is not None:
-            torch.cuda.current_stream().wait_stream(side)
+        with _beside(side):
+            for linear, part in ((self.img, slice(None, img_rows)), (self.txt, slice(img_rows, None))):
+                if len(out[part]):
+                    with torch.cuda.stream(side if linear is self.txt else None):
+                        linear.matmul(values[part], None if scale is None else scale[part], out[part])
         return out
+
+
+@contextmanager
+def _beside(side: torch.cuda.Stream | None) -> Iterator[None]:
+    """Work on the stream `side` begins after, and ends before, that on the current one; however it ends, or no capture could."""
+    if side is None:
+        yield
+        return
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        yield
+    finally:
+        torch.cuda.current_stream().wait_stream(side)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +177,10 @@ class FastMMDiT:
         self.attend_int8 = choose_int8_attention(self.device)
         self.uses_graphs = uses_graphs and self.device.type == "cuda"
         self.overlaps_text = overlaps_text
-        # one picture is drawn after another, so that their graphs may share memory
-        self.graph_pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
+        # one for all graphs: torch's streams come round again after 32, and might be another graph's
+        self.side = torch.cuda.Stream(self.device) if self.uses_graphs else None
         self._drawings: OrderedDict[tuple[object, ...], Drawing] = OrderedDict()
+        self.forget()
         self.blocks: list[FastBlock] = []
         taken, mmdit.transformer_blocks = list(mmdit.transformer_blocks), nn.ModuleList()
         for number in range(len(taken)):
@@ -193,6 +205,8 @@ class FastMMDiT:
     def forget(self) -> None:
         """Let go of every shape's buffers and graphs: the memory is needed, or a step has failed half-way."""
         self._drawings.clear()
+        # one picture is drawn after another, so that their graphs may share memory; a failed capture leaves its pool unusable
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
 
 
 class Drawing:
@@ -248,10 +262,11 @@ class Drawing:
 
     def _capture(self, reuses: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(self.network.device) if self.network.overlaps_text else None
+        side = self.network.side if self.network.overlaps_text else None
         self._forward(reuses, None)  # what is compiled, tuned or allocated at first use cannot be while a graph is captured
         torch.cuda.synchronize(self.network.device)
-        with torch.cuda.graph(graph, pool=self.network.graph_pool):
+        # other threads may go on using the card meanwhile
+        with torch.cuda.graph(graph, pool=self.network.graph_pool, capture_error_mode="thread_local"):
             drawn = self._forward(reuses, side)
         return graph, drawn
 

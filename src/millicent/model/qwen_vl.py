@@ -3,7 +3,9 @@
 transformers builds and holds the network (model.text_encoder); what it does around the matrix products for every kind of
 batch is left out here: one picture grid's indices are planned once on the host, equal windows attend as one batch, and keys
 and values come back so that a prompt can go on where another one's pictures ended. Linear layers are reached by attribute
-and called, so they may be replaced by any module with the same forward(x).
+and called, so they may be replaced by any module with the same forward(x), and those that read the same rows by one: an
+attention's q_proj, k_proj and v_proj by a `qkv_proj`, an MLP's gate_proj and up_proj by a `gate_up_proj`, stacked in that
+order.
 
 The architecture: Qwen2.5-VL, arXiv 2502.13923, section 2.1; M-RoPE: Qwen2-VL, arXiv 2409.12191, section 2.1. RMSNorm and the
 vision tower's rotation are FP32 inside, as in transformers.
@@ -15,7 +17,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -59,11 +61,14 @@ class KeyValues:
     def tokens(self) -> int:
         return self.keys[0].shape[2]
 
-    def prefix(self, tokens: int) -> KeyValues:
-        """The first so many tokens, copied: whatever else shares the memory is free to go."""
-        assert 0 < tokens <= self.tokens
-        keys, values = ([part[:, :, :tokens].clone() for part in parts] for parts in (self.keys, self.values))
-        return KeyValues(tuple(keys), tuple(values))
+    def pack(self) -> Tensor:
+        """(2, layers, 1, key-value heads, T, d), copied: whatever shares the memory, as queries do, is free to go."""
+        return torch.stack([*self.keys, *self.values]).unflatten(0, (2, -1))
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> Self:
+        """Views of what `pack` made."""
+        return cls(tuple(packed[0]), tuple(packed[1]))
 
 
 def check_config(config: Any) -> None:
@@ -136,6 +141,21 @@ def _runs(lengths: Sequence[int]) -> Runs:
     return tuple((len(list(equal)), length) for length, equal in groupby(lengths))
 
 
+def cut_patches(picture: Tensor, levels: Tensor, config: Any) -> Tensor:
+    """The patches of a still picture, (N, channels * frames * patch^2) FP32: merge x merge of them for each token.
+
+    picture: (H, W, 3) uint8, sides whole numbers of tokens. levels: (3, 256) FP32, what each level of each color stands for.
+    config: the model's vision_config. The picture stands still for as many frames as a patch has.
+    """
+    colors = torch.arange(3, device=picture.device)
+    pixels = levels[colors, picture.int()]
+    merge, side, frames = config.spatial_merge_size, config.patch_size, config.temporal_patch_size
+    # (rows of tokens, merge, side), then the same of columns, then colors
+    cut = pixels.unflatten(1, (-1, merge, side)).unflatten(0, (-1, merge, side))
+    patches = cut.permute(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None].expand(-1, -1, -1, -1, -1, frames, -1, -1)
+    return patches.flatten(4).flatten(0, 3)
+
+
 def encode_vision(visual: nn.Module, pixel_values: Tensor, plan: VisionPlan) -> tuple[Tensor, Tensor]:
     """Pictures as the language model reads them.
 
@@ -179,14 +199,11 @@ def _attend_runs(attention: Any, x: Tensor, cos: Tensor, sin: Tensor, runs: Runs
     return out
 
 
-def embed(network: nn.Module, ids: Tensor, image_features: Tensor, image_token_positions: Tensor) -> Tensor:
-    """Token embeddings (1, T, C) with the pictures in their places, on image_features' device.
+def put_pictures(embedded: Tensor, image_features: Tensor, image_token_positions: Tensor) -> Tensor:
+    """Token embeddings (1, T, C) with the pictures in their places.
 
-    ids: (T,), on the embedding table's device, which may be the host. image_features: (N, C). image_token_positions: (N,)
-    where each of them goes, on their device.
+    embedded: (T, C) of the embedding table. image_features: (N, C). image_token_positions: (N,) where each of them goes.
     """
-    language_model: Any = network.language_model
-    embedded: Tensor = language_model.embed_tokens(ids).to(image_features.device, non_blocking=True)
     return embedded.index_copy(0, image_token_positions, image_features.to(embedded.dtype))[None]
 
 
@@ -249,9 +266,9 @@ def _attend_causally(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of x (1, T, C) to itself and what was before; returns it, and all keys and values."""
-    qk = torch.cat([attention.q_proj(x), attention.k_proj(x)], -1).unflatten(-1, (sum(heads), -1))
+    qk, v = _project(attention, x).unflatten(-1, (heads[0] + 2 * heads[1], -1)).split([sum(heads), heads[1]], 2)
     q, k = _rotate(qk, cos, sin).transpose(1, 2).split(heads, 1)
-    v = attention.v_proj(x).unflatten(-1, (heads[1], -1)).transpose(1, 2)
+    v = v.transpose(1, 2)
     if before is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     else:
@@ -262,12 +279,21 @@ def _attend_causally(
     return attention.o_proj(out.transpose(1, 2).flatten(2)), k, v
 
 
+def _project(attention: Any, x: Tensor) -> Tensor:
+    """(1, T, (heads + 2 key-value heads) d): queries, keys, values."""
+    if hasattr(attention, "qkv_proj"):
+        joined: Tensor = attention.qkv_proj(x)
+        return joined
+    return torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], -1)
+
+
 def _norm(x: Tensor, norm: Any) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    out: Tensor = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    gate, up = mlp.gate_up_proj(x).chunk(2, -1) if hasattr(mlp, "gate_up_proj") else (mlp.gate_proj(x), mlp.up_proj(x))
+    out: Tensor = mlp.down_proj(mlp.act_fn(gate) * up)
     return out
 
 

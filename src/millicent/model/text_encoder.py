@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2Tokenizer
 
 # by its own module: the name in the package's root asks for torchvision
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from millicent.errors import CheckpointError, IncompleteModelError, PromptTooLongError
 from millicent.model.prompt import IMAGE_PAD, SYSTEM_PREFIX, edit_plus_prompt, edit_prompt
@@ -46,8 +48,8 @@ class TextEncoder:
         self.image_processor = image_processor
         self.template = template
         self.max_prompt_tokens = max_prompt_tokens
-        (self.image_token_id,) = self._tokenize(IMAGE_PAD)
-        self.prefix_tokens = len(self._tokenize(SYSTEM_PREFIX))
+        (self.image_token_id,) = self.tokenize(IMAGE_PAD)
+        self.prefix_tokens = len(self.tokenize(SYSTEM_PREFIX))
         _check_image_token(network, self.image_token_id)
 
     def encode(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> tuple[Tensor, Tensor | None]:
@@ -59,10 +61,10 @@ class TextEncoder:
         Raises PromptTooLongError, and InputError for a control token in a prompt.
         """
         assert len(prompts) == len(images)
-        self._check_lengths(prompts)
+        self.check_lengths(prompts)
         pixels, grids = self._preprocess(images)
         rows = [
-            lay_out_tokens(self._tokenize(self._fill_template(prompt, len(pictures))), grid, self.image_token_id)
+            lay_out_tokens(self.tokenize(self.fill_template(prompt, len(pictures))), grid, self.image_token_id)
             for prompt, pictures, grid in zip(prompts, images, grids, strict=True)
         ]
         hidden = self._run(rows, pixels, grids)
@@ -72,23 +74,41 @@ class TextEncoder:
         mask = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
         return padded, None if bool(mask.all()) else mask
 
-    def _tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
+        """Its tokens, one for each <|image_pad|> still."""
         return list(self.tokenizer(text)["input_ids"])
 
-    def _fill_template(self, prompt: str, images: int) -> str:
+    def fill_template(self, prompt: str, images: int) -> str:
+        """The text that the model reads for a prompt with so many pictures. Raises InputError for a control token in it."""
         if self.template == "edit":
             assert images == 1
             return edit_prompt(prompt)
         return edit_plus_prompt(prompt, images)
 
-    def _check_lengths(self, prompts: Sequence[str]) -> None:
+    def check_lengths(self, prompts: Sequence[str]) -> None:
+        """Raises PromptTooLongError for a prompt of more than max_prompt_tokens."""
         for prompt in prompts:
-            tokens = len(self._tokenize(prompt))
+            tokens = len(self.tokenize(prompt))
             if tokens > self.max_prompt_tokens:
                 raise PromptTooLongError(
                     f"The prompt has {tokens} tokens; the model reads at most {self.max_prompt_tokens}.",
                     "Shorten it.",
                 )
+
+    def size_picture(self, image: Image.Image) -> Image.Image:
+        """In RGB, of the size that the processor gives it: a whole number of tokens a side."""
+        processor = self.image_processor
+        side = processor.patch_size * processor.merge_size
+        bounds = processor.size["shortest_edge"], processor.size["longest_edge"]
+        height, width = smart_resize(image.height, image.width, side, *bounds)
+        return image.convert("RGB").resize((width, height), processor.resample)
+
+    def normalize_levels(self) -> Tensor:
+        """(3, 256) FP32: what the processor makes of each level of each color."""
+        processor = self.image_processor
+        levels = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 0)
+        rescaled = processor.rescale(levels, processor.rescale_factor)
+        return torch.from_numpy(processor.normalize(rescaled, processor.image_mean, processor.image_std))[..., 0]
 
     def _preprocess(self, images: Sequence[Sequence[Image.Image]]) -> tuple[Any, list[list[tuple[int, int]]]]:
         """The vision tower's patches of all pictures, and the (height, width) of each in tokens, by prompt."""
@@ -128,12 +148,19 @@ def lay_out_tokens(ids: Sequence[int], grids: Sequence[tuple[int, int]], image_t
     laid_out: list[int] = []
     pieces: list[Tensor] = []
     place = 0
-    for token in ids:
-        height, width = next(grid) if token == image_token_id else (1, 1)
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        pieces.append(torch.stack([torch.zeros_like(rows), rows, columns]).flatten(1) + place)
-        laid_out += [token] * (height * width)
-        place += max(height, width)
+    for is_picture, run in groupby(ids, lambda token: token == image_token_id):
+        tokens = list(run)
+        if not is_picture:
+            pieces.append(torch.arange(place, place + len(tokens)).expand(3, -1))
+            laid_out += tokens
+            place += len(tokens)
+            continue
+        for token in tokens:
+            height, width = next(grid)
+            rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+            pieces.append(torch.stack([torch.zeros_like(rows), rows, columns]).flatten(1) + place)
+            laid_out += [token] * (height * width)
+            place += max(height, width)
     assert next(grid, None) is None, "every picture needs its image_pad"
     return laid_out, torch.cat(pieces, 1)
 

@@ -1,0 +1,135 @@
+"""Work made of many small kernels, recorded as CUDA graphs: one launch for all of them, of shapes that come again."""
+
+from __future__ import annotations
+
+import traceback
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from millicent.errors import MachineError
+
+Tensors = tuple[Tensor, ...]
+Work = Callable[..., Tensors]
+Replay = Callable[..., Tensors]
+Record = Callable[[Work, Tensors], Replay]
+
+# keys that came once: a catalog's photos have some dozens of shapes
+_KEYS_KNOWN = 64
+
+
+class Replays:
+    """Runs work, and from the second time that its key and its inputs' shapes come, replays a recording of it.
+
+    record: makes a recording for inputs such as these. kept: how many recordings; the least recently used goes first.
+    """
+
+    def __init__(self, record: Record, kept: int) -> None:
+        self.kept = kept
+        self._record = record
+        self._known: deque[Hashable] = deque(maxlen=_KEYS_KNOWN)
+        self._recordings: OrderedDict[Hashable, Replay] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._recordings)
+
+    def clear(self) -> None:
+        """Forget all recordings: what they read has moved, or their memory is needed."""
+        self._recordings.clear()
+        self._known.clear()
+
+    def run(self, key: Hashable, work: Work, *inputs: Tensor) -> Tensors:
+        """work(*inputs).
+
+        key: says what the work does besides what its inputs' shapes and dtypes say. work: leaves its inputs as they are, and
+        neither waits for the device nor copies from the host.
+        Raises MachineError where a recording does not fit into memory.
+        """
+        full_key = (key, tuple((value.shape, value.dtype) for value in inputs))
+        if full_key in self._recordings:
+            self._recordings.move_to_end(full_key)
+        elif full_key in self._known:
+            while len(self._recordings) >= self.kept:  # before recording, so that its memory is taken again
+                self._recordings.popitem(last=False)
+            self._recordings[full_key] = self._record(work, inputs)
+        else:
+            # what comes again may come often: then what it takes to record it is paid back
+            self._known.append(full_key)
+            return work(*inputs)
+        return self._recordings[full_key](*inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """One recorded piece of work: where it reads its inputs, and where it leaves its results.
+
+    work: holds what the graph reads besides its inputs.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    work: Work
+    fed: Tensors
+    made: Tensors
+
+    def __call__(self, *inputs: Tensor) -> Tensors:
+        for place, value in zip(self.fed, inputs, strict=True):
+            place.copy_(value)
+        self.graph.replay()
+        return tuple(result.clone() for result in self.made)
+
+
+class GraphRecorder:
+    """Records work on one CUDA device, on a stream of its own.
+
+    All graphs share one pool of memory, which is sound since each leaves only results that are copied out before another
+    runs: replay them from one thread, on one stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cuda"
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def record(self, work: Work, inputs: Tensors) -> Graph:
+        """Raises MachineError, with all undone, where it does not fit into memory."""
+        outside = torch.cuda.current_stream(self._device)
+        try:
+            with torch.cuda.device(self._device):
+                return self._capture(work, inputs)
+        except RuntimeError as error:
+            torch.cuda.set_stream(outside)  # a recording that cannot even be ended leaves its own behind
+            if not _is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # or the error would hold every tensor of the work
+            torch.cuda.empty_cache()
+            raise MachineError(
+                "The card's memory is too small to record the text encoder's work, beside what else is in it.",
+                "Draw smaller pictures, or give the weights fewer bits.",
+            ) from error
+
+    def _capture(self, work: Work, inputs: Tensors) -> Graph:
+        with torch.inference_mode(False):  # they outlive the call that made them, and are written to by later ones
+            fed = tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in inputs)
+        for place, value in zip(fed, inputs, strict=True):
+            place.copy_(value)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            work(*fed)  # cuBLAS's workspace is the stream's own: made here, it is not in the pool
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # other threads may go on using the card meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            made = work(*fed)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return Graph(graph, work, fed, made)
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether it, or what it came up while handling, is: ending a recording that has failed raises an error of its own."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error is not None

@@ -1,0 +1,87 @@
+"""When work is recorded, and what is kept; the recordings themselves are tests/gpu's."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from millicent.engine.capture import Replay, Replays, Tensors, Work
+
+
+class Recorder:
+    """Keeps places for the inputs, as a graph does, and counts."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.replayed = 0
+
+    def record(self, work: Work, inputs: Tensors) -> Replay:
+        self.recorded += 1
+        fed = [torch.empty_like(value) for value in inputs]
+
+        def replay(*values: Tensor) -> Tensors:
+            self.replayed += 1
+            for place, value in zip(fed, values, strict=True):
+                place.copy_(value)
+            return work(*fed)
+
+        return replay
+
+
+def double(x: Tensor) -> Tensors:
+    return (2 * x,)
+
+
+def ask(replays: Replays, *lengths: int, key: str = "double") -> None:
+    for length in lengths:
+        x = torch.arange(length, dtype=torch.float32) + 1
+        assert torch.equal(replays.run(key, double, x)[0], 2 * x)
+
+
+def test_the_second_time_is_recorded() -> None:
+    recorder = Recorder()
+    replays = Replays(recorder.record, kept=4)
+    ask(replays, 3, 4, 5)
+    assert (recorder.recorded, recorder.replayed) == (0, 0)
+    ask(replays, 3, 3, 4)
+    assert (recorder.recorded, recorder.replayed, len(replays)) == (2, 3, 2)
+
+
+def test_key_shape_and_dtype_tell_recordings_apart() -> None:
+    recorder = Recorder()
+    replays = Replays(recorder.record, kept=4)
+    for x in (torch.ones(2, 3), torch.ones(3, 2), torch.ones(2, 3, dtype=torch.float64)):
+        replays.run("double", double, x)
+    ask(replays, 6, key="another")
+    assert recorder.recorded == 0
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    recorder = Recorder()
+    replays = Replays(recorder.record, kept=2)
+    ask(replays, 3, 3, 4, 4, 3, 5, 5)  # 4 has to go
+    assert (recorder.recorded, len(replays)) == (3, 2)
+    ask(replays, 3, 5)
+    assert recorder.recorded == 3
+    ask(replays, 4)
+    assert (recorder.recorded, len(replays)) == (4, 2)
+
+
+def test_nothing_is_known_after_clear() -> None:
+    recorder = Recorder()
+    replays = Replays(recorder.record, kept=2)
+    ask(replays, 3, 3)
+    replays.clear()
+    assert len(replays) == 0
+    ask(replays, 3)
+    assert recorder.recorded == 1
+
+
+def test_a_recording_that_fails_is_not_kept() -> None:
+    def fail(_work: Work, _inputs: Tensors) -> Replay:
+        raise RuntimeError("no memory")
+
+    replays = Replays(fail, kept=2)
+    ask(replays, 3)
+    with pytest.raises(RuntimeError, match="no memory"):
+        ask(replays, 3)
+    assert len(replays) == 0

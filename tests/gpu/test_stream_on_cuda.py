@@ -1,0 +1,119 @@
+"""Many edits in a row on a card: the pictures are those of edit to the bit, and the thread that gives work waits for none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import draw_picture
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA card", allow_module_level=True)
+
+from millicent.edits import EditRequest, EditResult
+from millicent.engine.editor import Editor
+from millicent.engine.settings import Settings
+
+pytestmark = pytest.mark.gpu
+
+SETTINGS = {
+    "plain": Settings(plain=True),
+    "bf16": Settings(format="bf16"),
+    "auto": Settings(),
+    "reuse": Settings(reuse_reference=True),
+}
+PICTURES = [draw_picture(512, 512), draw_picture(700, 400, seed=1), draw_picture(512, 512, seed=2)]
+WORDS = ("make it navy", "make it red, on a table", "remove the background")
+
+
+def make_request(number: int, **changes: object) -> EditRequest:
+    asked = {"images": (PICTURES[number % 3],), "prompt": WORDS[number % 2], "seed": number}
+    return EditRequest(**{**asked, **changes})  # type: ignore[arg-type]
+
+
+# each shape often enough to be drawn as it is, recorded and replayed
+REQUESTS = [
+    *(make_request(number) for number in range(12)),
+    make_request(12, variants=3),
+    *(make_request(number, true_cfg=3.0, negative_prompt="blur") for number in (0, 3, 6)),
+    *(make_request(0, images=(PICTURES[0], PICTURES[1])) for _ in range(3)),
+    make_request(0),
+]
+
+
+def open_editor(settings: Settings) -> Editor:
+    """The demo, drawing pictures large enough that a card is still at work when the next is given to it."""
+    model = Editor.open("demo", device="cuda", settings=settings)._model
+    return Editor("demo", dataclasses.replace(model, card=dataclasses.replace(model.card, vae_area_px=1024 * 1024)))
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_the_pictures_are_those_of_edit_to_the_bit(kind: str) -> None:
+    single, many = open_editor(SETTINGS[kind]), open_editor(SETTINGS[kind])
+    expected = [single.edit(request) for request in REQUESTS]
+    for ahead in (1, 4):
+        found = list(many.edit_many(REQUESTS, ahead))
+        assert len(found) == len(expected)
+        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert isinstance(one, EditResult), one
+            assert [image.tobytes() for image in one.images] == [image.tobytes() for image in other.images], number
+
+
+def test_edits_between_results_and_a_stop_do_no_harm() -> None:
+    editor = open_editor(SETTINGS["auto"])
+    expected = [editor.edit(request).image.tobytes() for request in REQUESTS[:4]]
+    for _ in range(3):
+        results = editor.edit_many(REQUESTS)
+        first = next(results)
+        assert isinstance(first, EditResult)
+        assert first.image.tobytes() == expected[0]
+        assert editor.edit(REQUESTS[1]).image.tobytes() == expected[1]
+        second = next(results)
+        assert isinstance(second, EditResult)
+        assert second.image.tobytes() == expected[1]
+        results.close()  # type: ignore[attr-defined]
+        assert editor.edit(REQUESTS[3]).image.tobytes() == expected[3]
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """PyTorch raises where the host would wait for the card in a copy or to read a value."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(scope="module")
+def warm() -> Editor:
+    """An editor that has met every shape and words of the requests often enough."""
+    editor = open_editor(SETTINGS["auto"])
+    for _ in range(3):
+        list(editor.edit_many(REQUESTS[:12]))
+    return editor
+
+
+def forget_contents(editor: Editor) -> None:
+    """What was read and encoded is to be read and encoded again; what was recorded for their shapes stays."""
+    model = editor._model
+    assert model.reader is not None
+    assert model.latents is not None
+    for cache in (model.reader.pictures, model.reader.openings, model.reader.embeddings, model.latents):
+        cache.clear()
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_the_thread_that_gives_work_waits_for_none(warm: Editor) -> None:
+    forget_contents(warm)
+    assert all(isinstance(one, EditResult) for one in warm.edit_many(REQUESTS[:12]))
+
+
+def test_a_run_takes_less_than_its_edits_one_by_one(warm: Editor) -> None:
+    forget_contents(warm)
+    alone_s = sum(warm.edit(request).timings.total_s for request in REQUESTS[:12])
+    forget_contents(warm)
+    found = [one for one in warm.edit_many(REQUESTS[:12]) if isinstance(one, EditResult)]
+    assert len(found) == 12
+    assert sum(one.timings.denoise_s for one in found) < sum(one.elapsed_s or 0 for one in found) < alone_s
