@@ -46,6 +46,7 @@ SEED = 7
 WARMUPS = 2
 STEP_REPEATS = 10
 STAGE_REPEATS = 5
+STREAMED_IMAGES = 32
 CEILING_REPEATS = 20
 GEMM_SHAPES = ((8192, 9216, 3072), (8192, 12288, 3072), (8192, 3072, 12288))  # (M, N, K): QKV, MLP up, MLP down
 ATTENTION_SHAPE = (1, 24, 8448, 128)  # (B, H, S, d): 4096 + 4096 picture tokens and 256 of text
@@ -90,6 +91,7 @@ class System:
 
     format: a key of BOUNDS. step: the transformer alone on the job's inputs -> velocity (1, target tokens, 64).
     edit: the whole job. stages: the whole job once more -> ms of each of STAGES that it tells apart.
+    stream: so many jobs of different pictures in a row, where a system has more to offer for that than one edit after another.
     close: free what only this system holds, and leave the pipeline as it was.
     """
 
@@ -99,6 +101,7 @@ class System:
     edit: Callable[[], Image.Image]
     stages: Callable[[], dict[str, float]]
     close: Callable[[], None]
+    stream: Callable[[int], None] | None = None
 
 
 Opener = Callable[[], System]
@@ -286,7 +289,15 @@ def speeds(system: System, device: torch.device, images: int) -> Figures:
         edits_ms.append(1000 * (_synchronized(device) - began))
     stages = [system.stages() for _ in range(min(STAGE_REPEATS, images))]
     say(f"{system.name}: {statistics.median(edits_ms):.1f} ms an edit, median of {images}")
+    per_second, streamed = 1000 / statistics.mean(edits_ms), images
+    if system.stream is not None:
+        began, streamed = _synchronized(device), STREAMED_IMAGES
+        system.stream(streamed)
+        per_second = streamed / (_synchronized(device) - began)
+        say(f"{system.name}: {per_second:.3f} images/s over {streamed} in a row")
     return {
+        "images_per_s": round(per_second, 3),
+        "images_in_a_row": streamed,
         "step_ms": round(step_ms, 2),
         "stages_ms": {stage: round(statistics.median(s[stage] for s in stages), 2) for stage in stages[0]},
         "edit_ms": round(statistics.median(edits_ms), 1),
@@ -402,14 +413,16 @@ def measure_all(openers: Mapping[str, Opener], reference: Tensor, device: torch.
 
 
 def show(rows: Mapping[str, Figures]) -> None:
-    print(f"\n{'system':32} {'velocity':>9} {'step ms':>9} {'edit ms':>9} {'peak GiB':>9} {'x step':>7} {'x edit':>7}")
+    print(
+        f"\n{'system':32} {'velocity':>9} {'step ms':>9} {'edit ms':>9} {'images/s':>9} {'peak GiB':>9} {'x step':>7} {'x edit':>7}"
+    )
     for name, row in rows.items():
         if "step_ms" not in row:
             print(f"{name:32} {row.get('velocity_error', '-'):>9} no speed: {row.get('refused') or row.get('failed')}")
             continue
         ratios = [row.get(f"best_peer_{figure}_over_this", "-") for figure in ("step", "edit")]
         print(
-            f"{name:32} {row['velocity_error']:9.4f} {row['step_ms']:9.1f} {row['edit_ms']:9.1f} "
+            f"{name:32} {row['velocity_error']:9.4f} {row['step_ms']:9.1f} {row['edit_ms']:9.1f} {row['images_per_s']:9.3f} "
             f"{row.get('peak_gib', '-'):>9} {ratios[0]:>7} {ratios[1]:>7}"
         )
     for name, row in rows.items():

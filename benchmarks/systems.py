@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 
 import diffusers
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from benchmarks.peers import Job, Opener, System
@@ -18,13 +19,14 @@ from millicent.engine.editor import Editor
 from millicent.engine.loading import Model, speed_up_model
 from millicent.engine.planner import plan
 from millicent.engine.settings import Settings
+from millicent.errors import MillicentError
 
 SYSTEMS = {
     "millicent bf16": Settings(format="bf16"),
     "millicent fp8": Settings(format="fp8"),
-    "millicent fp8, 8-bit attention": Settings(format="fp8", attention="int8"),
-    "millicent fp8, reuse": Settings(format="fp8", reuse_reference=True),
-    "millicent fp8, 8-bit attention, reuse": Settings(format="fp8", attention="int8", reuse_reference=True),
+    "millicent fp8 + 8-bit attention": Settings(format="fp8", attention="int8"),
+    "millicent fp8 + reuse": Settings(format="fp8", reuse_reference=True),
+    "millicent fp8 + 8-bit attention + reuse": Settings(format="fp8", attention="int8", reuse_reference=True),
     "millicent int8": Settings(format="int8"),
 }
 
@@ -55,6 +57,13 @@ def open_system(pipeline: diffusers.QwenImageEditPlusPipeline, job: Job, name: s
         forget(model)
         return editor.edit(request).image
 
+    def stream(count: int) -> None:
+        # no two pictures alike, so that nothing is remembered
+        pictures = [ImageChops.offset(job.picture, 8 * number, 0) for number in range(1, count + 1)]
+        for result in editor.edit_many(dataclasses.replace(request, images=(picture,)) for picture in pictures):
+            if isinstance(result, MillicentError):
+                raise result
+
     return System(
         name=name,
         format=settings.format or "bf16",
@@ -62,6 +71,7 @@ def open_system(pipeline: diffusers.QwenImageEditPlusPipeline, job: Job, name: s
         edit=edit,
         stages=lambda: _stages(model, request, job),
         close=lambda: None,
+        stream=stream,
     )
 
 
@@ -116,11 +126,11 @@ def _stages(model: Model, request: EditRequest, job: Job) -> dict[str, float]:
 
 
 def forget(model: Model) -> None:
-    """The peers remember nothing from one edit to the next, so nor do we where we are compared."""
-    if model.reader is not None:
-        model.reader.clear()
-    if model.latents is not None:
-        model.latents.clear()
+    """The peers remember nothing from one edit to the next, so nor do we where we are compared. Graphs stay: they hold none."""
+    reader = model.reader
+    for cache in (model.latents, *(() if reader is None else (reader.pictures, reader.openings, reader.embeddings))):
+        if cache is not None:
+            cache.clear()
 
 
 def _now(model: Model) -> float:

@@ -116,6 +116,7 @@ def test_many_shapes_keep_few_graphs(encoder: TextEncoder) -> None:
     assert recorded(reader) <= 12
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_host_never_waits_when_all_is_warm(encoder: TextEncoder, debug_mode: None) -> None:
     reader = Reader(encoder, PLENTY_BYTES)
     seeds = iter(range(100))

@@ -104,8 +104,8 @@ class FastBlock:
     qk_norms: Tensor
 
 
-def make_block(block: Block, name: str, make_linear: MakeLinear) -> FastBlock:
-    """A block's weights in their formats. name: of the block, to which a linear's own is added."""
+def make_block(block: Block, name: str, make_linear: MakeLinear, device: torch.device) -> FastBlock:
+    """A block's weights in their formats, on the device. name: of the block, to which a linear's own is added."""
     attn = block.attn
 
     def pair(img: str, txt: str) -> Pair:
@@ -121,7 +121,7 @@ def make_block(block: Block, name: str, make_linear: MakeLinear) -> FastBlock:
         out=pair("attn.to_out.0", "attn.to_add_out"),
         up=pair("img_mlp.net.0.proj", "txt_mlp.net.0.proj"),
         down=pair("img_mlp.net.2", "txt_mlp.net.2"),
-        qk_norms=torch.stack([norm.weight for norm in norms]).unflatten(0, (2, 2)),
+        qk_norms=torch.stack([norm.weight.to(device) for norm in norms]).unflatten(0, (2, 2)),
     )
 
 
@@ -186,7 +186,7 @@ class FastMMDiT:
         for number in range(len(taken)):
             block = taken[number]
             assert isinstance(block, Block)
-            self.blocks.append(make_block(block, f"transformer_blocks.{number}", make_linear))
+            self.blocks.append(make_block(block, f"transformer_blocks.{number}", make_linear, self.device))
             taken[number] = nn.Identity()  # lets the block's own weights go
 
     def start(self, txt: Tensor, references: Tensor, img_shapes: Sequence[tuple[int, int]], mods: Mods, slot: int = 0) -> Drawing:

@@ -5,7 +5,7 @@ they were normed in, and takes the sums of the keys and the largest values, chun
 all tokens, codes keys and values. `attention_reference.py` says what the codes are, and from which paper.
 
 Normed and turned numbers are rounded to BF16 before they are coded or summed, so that the codes are those which
-`elementwise.qk_norm_rope` and a quantization after it would give.
+`elementwise.qk_norm_rope` and a quantization after it would give, but for FP32's last bits.
 """
 
 from __future__ import annotations
@@ -84,7 +84,6 @@ def _norm_and_turn(  # type: ignore[no-untyped-def]
     x, weight_ptr, c, s, token, due, img, EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Rows of x (BLOCK, D) that are `due`, normed, turned and rounded to BF16; the others as they came."""
-    # the same operations in the same order as in elementwise.py, so that the bits are the same
     rstd = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
     stream = tl.where(token < img, 0, 1)
     weight = tl.load(weight_ptr + (stream * 2 * D)[:, None] + tl.arange(0, D)[None, :])
