@@ -121,7 +121,8 @@ def _attend(  # type: ignore[no-untyped-def]
     return acc, total, largest
 
 
-@triton.jit
+# one key alone would become a compile-time 1, of which the compiler makes NaN
+@triton.jit(do_not_specialize=["q_tokens", "k_tokens"])
 def _attention_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k, v, q_scale_ptr, k_scale_ptr, v_scale_ptr, out_ptr, v_stride, v_head_stride, out_stride,
     q_tokens, k_tokens, q_padded, k_padded,
