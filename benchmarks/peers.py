@@ -413,21 +413,20 @@ def measure_all(openers: Mapping[str, Opener], reference: Tensor, device: torch.
 
 
 def show(rows: Mapping[str, Figures]) -> None:
-    print(
-        f"\n{'system':32} {'velocity':>9} {'step ms':>9} {'edit ms':>9} {'images/s':>9} {'peak GiB':>9} {'x step':>7} {'x edit':>7}"
-    )
+    titles = ("velocity", "step ms", "edit ms", "images/s", "peak GiB")
+    print(f"\n{'system':40}" + "".join(f" {title:>9}" for title in titles) + f" {'x step':>7} {'x edit':>7}")
     for name, row in rows.items():
         if "step_ms" not in row:
-            print(f"{name:32} {row.get('velocity_error', '-'):>9} no speed: {row.get('refused') or row.get('failed')}")
+            print(f"{name:40} {row.get('velocity_error', '-'):>9} no speed: {row.get('refused') or row.get('failed')}")
             continue
         ratios = [row.get(f"best_peer_{figure}_over_this", "-") for figure in ("step", "edit")]
         print(
-            f"{name:32} {row['velocity_error']:9.4f} {row['step_ms']:9.1f} {row['edit_ms']:9.1f} {row['images_per_s']:9.3f} "
+            f"{name:40} {row['velocity_error']:9.4f} {row['step_ms']:9.1f} {row['edit_ms']:9.1f} {row['images_per_s']:9.3f} "
             f"{row.get('peak_gib', '-'):>9} {ratios[0]:>7} {ratios[1]:>7}"
         )
     for name, row in rows.items():
         if "stages_ms" in row:
-            print(f"{name:32} " + "  ".join(f"{stage} {ms:.1f}" for stage, ms in row["stages_ms"].items()))
+            print(f"{name:40} " + "  ".join(f"{stage} {ms:.1f}" for stage, ms in row["stages_ms"].items()))
 
 
 def choose(openers: Mapping[str, Opener], only: str | None) -> dict[str, Opener]:
