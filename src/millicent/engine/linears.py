@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from millicent.engine.blocks import MakeLinear, RowLinear
 from millicent.engine.planner import Plan
 from millicent.engine.settings import Format
-from millicent.engine.transformer import MakeLinear, RowLinear
 from millicent.formats.bf16 import BF16Linear
 from millicent.formats.fp8 import FP8Linear
 from millicent.formats.int8 import INT8Linear

@@ -17,8 +17,8 @@ from torch.func import functional_call
 
 from millicent.checkpoint.converted import TABLE_PREFIX, table_of
 from millicent.checkpoint.write import DTYPE_NAMES, Entry
+from millicent.engine.blocks import Mods
 from millicent.engine.sampler import lightning_sigmas, round_timestep
-from millicent.engine.transformer import Mods
 from millicent.errors import ScheduleError
 from millicent.model.config import MMDiTConfig
 from millicent.model.layers import FinalNorm

@@ -2,8 +2,9 @@
 
 The same network as model/mmdit.py, whose weights it takes over, laid out anew:
 
-- Both streams lie in one buffer, references first, then the target, then the text, so that what works on single tokens is one
-  launch for both, and attention reads queries, keys and values where the projections wrote them. Attention does not see order.
+- Tokens come in the order references, target, text, and the projections of both streams write queries, keys and values to one
+  buffer, where attention reads them. Attention does not see order.
+- The text's few tokens go their way beside the pictures' many, from one attention to the next.
 - q, k and v of a stream are one product. What the timestep alone decides comes from a table (model/modulation.py).
 - Between two products stands one kernel (kernels/): gate, residual, norm, modulation and codes in one pass.
 - Of the last block only the target's tokens are drawn from; the others give it their keys and values and no more.
@@ -13,20 +14,20 @@ The same network as model/mmdit.py, whose weights it takes over, laid out anew:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from millicent.kernels import Code, Kernels, Rows, choose, choose_int8_attention
+from millicent.engine.blocks import FastBlock, Half, MakeLinear, Mods, RowLinear, make_block
+from millicent.kernels import Bounds, Kernels, Rows, choose, choose_int8_attention
 from millicent.model.layers import Block, make_rope
 from millicent.model.mmdit import MMDiT
-from millicent.model.modulation import FINAL, ModulationTable
 
 Exact = Literal["cudnn", "flash", "math"]
 Attention = Exact | Literal["int8"]
@@ -38,114 +39,33 @@ _BACKENDS: dict[Exact, SDPBackend] = {
 }
 
 
-class RowLinear(Protocol):
-    """What formats/ has for each number format; `code` and `group` say how the rows must come."""
+@dataclass(slots=True)
+class Part:
+    """The tokens of one stream on their way through the blocks.
 
-    @property
-    def code(self) -> Code: ...
+    x: (M, D), changed in place. update: (M, D), what the last MLP adds, for the next kernel to add. bounds: as kernels take them.
+    """
 
-    @property
-    def group(self) -> int: ...
-
-    out_features: int
-
-    def matmul(self, values: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor: ...
-
-
-MakeLinear = Callable[[str, Sequence[nn.Module]], RowLinear]
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """The same projection of both streams; their rows come in the same code."""
-
-    img: RowLinear
-    txt: RowLinear
-
-    def __post_init__(self) -> None:
-        assert (self.img.code, self.img.group) == (self.txt.code, self.txt.group)
-
-    @property
-    def taking(self) -> tuple[Code, int]:
-        return self.img.code, self.img.group
-
-    def __call__(self, rows: Rows, img_rows: int, out: Tensor, side: torch.cuda.Stream | None) -> Tensor:
-        """rows (M, K), the first `img_rows` of pictures -> out (M, N). side: runs the text's small product beside the large one."""
-        values, scale = rows
-        with _beside(side):
-            for linear, part in ((self.img, slice(None, img_rows)), (self.txt, slice(img_rows, None))):
-                if len(out[part]):
-                    with torch.cuda.stream(side if linear is self.txt else None):
-                        linear.matmul(values[part], None if scale is None else scale[part], out[part])
-        return out
+    x: Tensor
+    bounds: Bounds
+    update: Tensor | None = None
 
 
 @contextmanager
-def _beside(side: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work on the stream `side` begins after, and ends before, that on the current one; however it ends, or no capture could."""
-    if side is None:
-        yield
-        return
-    side.wait_stream(torch.cuda.current_stream())
+def _joined(side: torch.cuda.Stream | None) -> Iterator[None]:
+    """What the side does within begins after, and ends before, what is on the current stream; or no capture could be ended."""
+    _fork(side)
     try:
         yield
     finally:
-        torch.cuda.current_stream().wait_stream(side)
+        if side is not None:
+            torch.cuda.current_stream().wait_stream(side)
 
 
-@dataclass(frozen=True, slots=True)
-class FastBlock:
-    """qk_norms: (2, 2, d), of q and k for pictures, then for text."""
-
-    qkv: Pair
-    out: Pair
-    up: Pair
-    down: Pair
-    qk_norms: Tensor
-
-
-def make_block(block: Block, name: str, make_linear: MakeLinear, device: torch.device) -> FastBlock:
-    """A block's weights in their formats, on the device. name: of the block, to which a linear's own is added."""
-    attn = block.attn
-
-    def pair(img: str, txt: str) -> Pair:
-        made = []
-        for names in (img, txt):
-            modules = [block.get_submodule(part) for part in names.split()]
-            made.append(make_linear(f"{name}.{names.split()[0]}", modules))
-        return Pair(*made)
-
-    norms = [attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k]
-    return FastBlock(
-        qkv=pair("attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"),
-        out=pair("attn.to_out.0", "attn.to_add_out"),
-        up=pair("img_mlp.net.0.proj", "txt_mlp.net.0.proj"),
-        down=pair("img_mlp.net.2", "txt_mlp.net.2"),
-        qk_norms=torch.stack([norm.weight.to(device) for norm in norms]).unflatten(0, (2, 2)),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Mods:
-    """A modulation table as the kernels read it.
-
-    timesteps: S of them. blocks: (S, blocks, 3, 6, D), of references, target and text; shift, scale and gate of attention, then
-    of the MLP. final: (S, 2, D), the last norm's scale, then its shift.
-    """
-
-    timesteps: tuple[float, ...]
-    blocks: Tensor
-    final: Tensor
-
-    @classmethod
-    def lay_out(cls, table: ModulationTable, num_layers: int) -> Self:
-        blocks = []
-        for number in range(num_layers):
-            img = table.vectors[f"transformer_blocks.{number}.img_mod"]
-            txt = table.vectors[f"transformer_blocks.{number}.txt_mod"]
-            # with zero_cond_t the second row is the references'
-            blocks.append(torch.cat([img[:, -1:], img[:, :1], txt], 1).unflatten(-1, (6, -1)))
-        return cls(table.timesteps, torch.stack(blocks, 1), table.vectors[FINAL][:, 0].unflatten(-1, (2, -1)).contiguous())
+def _fork(side: torch.cuda.Stream | None) -> None:
+    """What the side does next begins after what is on the current stream."""
+    if side is not None:
+        side.wait_stream(torch.cuda.current_stream())
 
 
 class FastMMDiT:
@@ -178,7 +98,7 @@ class FastMMDiT:
         self.uses_graphs = uses_graphs and self.device.type == "cuda"
         self.overlaps_text = overlaps_text
         # one for all graphs: torch's streams come round again after 32, and might be another graph's
-        self.side = torch.cuda.Stream(self.device) if self.uses_graphs else None
+        self.side = torch.cuda.Stream(self.device, priority=-1) if self.uses_graphs else None
         self._drawings: OrderedDict[tuple[object, ...], Drawing] = OrderedDict()
         self.forget()
         self.blocks: list[FastBlock] = []
@@ -217,6 +137,7 @@ class Drawing:
         self.network = network
         self.target = img_shapes[0][0] * img_shapes[0][1]
         self.references, self.begun = sum(h * w for h, w in img_shapes[1:]), 0
+        self.img_tokens = self.references + self.target
         rope = make_rope(img_shapes, txt_tokens, config.axes_dims_rope, network.device)
         order = [slice(self.target, None), slice(None, self.target)]  # references first here, the target first there
         self.cos = torch.cat([*(rope.img_cos[part] for part in order), rope.txt_cos])
@@ -271,68 +192,86 @@ class Drawing:
         return graph, drawn
 
     def _forward(self, reuses: bool, side: torch.cuda.Stream | None) -> Tensor:
-        """(target, 64) of what the buffers hold."""
-        skipped = self.references if reuses else 0
-        x = torch.cat([self.reference_rows[skipped:], self.network.edges.img_in(self.latents), self.txt_rows])
-        target = slice(self.references - skipped, self.references - skipped + self.target)
-        update: Tensor | None = None
-        for number in range(len(self.network.blocks)):
-            update = self._block(number, x, update, target, reuses, side)
-        assert update is not None
-        return self._finish(x[target], update)
+        """(target, 64) of what the buffers hold. side: runs the text's small products beside the pictures' large ones.
 
-    def _block(
-        self, number: int, x: Tensor, update: Tensor | None, target: slice, reuses: bool, side: torch.cuda.Stream | None
-    ) -> Tensor:
-        """One block on the stream x (M, D), in place. What its MLP adds is returned, for the next kernel to add.
-
-        update: the same of the block before, (M, D). target: where its rows are in x.
+        The two meet where tokens attend to one another: there the current stream waits for the side. The side waits for it where
+        a block begins and after attention, so that what it reads has been written, and what it writes nobody reads any more.
         """
-        network, kernels = self.network, self.network.kernels
-        block, is_last = network.blocks[number], number == len(network.blocks) - 1
-        shift1, scale1, gate1, shift2, scale2, _ = self.mods[number].unbind(1)
-        bounds, img = (target.start, target.stop), target.stop
-        if update is None:
-            rows = kernels.norm_modulate(x, shift1, scale1, bounds, *block.qkv.taking)
-        else:
-            gate = self.mods[number - 1, :, 5]
-            rows = kernels.add_gated_norm_modulate(x, update, gate, shift1, scale1, bounds, *block.qkv.taking)
-        kept = self.references if reuses else 0
-        joint = self._joint(block.qkv, rows, img, kept, side)
+        network, kept = self.network, self.references if reuses else 0
+        x = torch.cat([self.reference_rows[kept:], network.edges.img_in(self.latents)])
+        img = Part(x, (self.references - kept, len(x)))
+        txt = Part(self.txt_rows.clone(), (0, 0))
+        attended = txt.x
+        with _joined(side):
+            for number, block in enumerate(network.blocks[:-1]):
+                joint = self._project(number, img, txt, kept, side)
+                # until here the side may have read the last block's: memory that is let go goes to the next who asks
+                attended = self._attend(number, joint, slice(kept, len(joint)), reuses)
+                _fork(side)
+                with torch.cuda.stream(side):
+                    self._finish_block(number, block.txt, txt, attended[len(img.x) :])
+                self._finish_block(number, block.img, img, attended[: len(img.x)])
+            joint = self._project(len(network.blocks) - 1, img, txt, kept, side)
+        return self._draw(joint, img.x[len(img.x) - self.target :], reuses)
+
+    def _project(self, number: int, img: Part, txt: Part, kept: int, side: torch.cuda.Stream | None) -> Tensor:
+        """Queries, keys and values of a block (S, 3, H, d), raw. Its first `kept` rows have keys and values of an earlier step."""
+        block = self.network.blocks[number]
+        shape = (kept + len(img.x) + len(txt.x), block.img.qkv.out_features)
+        joint = torch.empty(shape, dtype=self.network.dtype, device=self.network.device)
+        first_txt = kept + len(img.x)
+        with _joined(side):
+            with torch.cuda.stream(side):
+                self._project_part(number, block.txt, txt, joint[first_txt:])
+            self._project_part(number, block.img, img, joint[kept:first_txt])
+        joint = joint.unflatten(1, self.heads)
         if kept:
             _copy_rows(joint[:kept, 1:], self.kept[number])
-        queries = slice(kept, kept + len(x))
-        if is_last:
-            queries = slice(kept + target.start, kept + target.stop)
-            x, bounds, img = x[target], (0, self.target), self.target
-        attended = self._attend(joint, block.qk_norms, kept + target.stop, kept, queries)
-        if self.kept and not reuses:
-            _copy_rows(self.kept[number], joint[: self.references, 1:])
-        attended_rows = kernels.quantize_rows(attended, *block.out.taking)
-        made = block.out(attended_rows, img, torch.empty_like(x), side)
-        rows = kernels.add_gated_norm_modulate(x, made, gate1, shift2, scale2, bounds, *block.up.taking)
-        up = torch.empty((len(x), block.up.img.out_features), dtype=x.dtype, device=x.device)
-        hidden = kernels.gelu_rows(block.up(rows, img, up, side), *block.down.taking)
-        return block.down(hidden, img, torch.empty_like(x), side)
+        return joint
 
-    def _attend(self, joint: Tensor, qk_norms: Tensor, img: int, kept: int, queries: slice) -> Tensor:
-        """Attention of the rows `queries` of joint (S, 3, H, d) over all, (Q, H d). From row `kept` on its q and k are raw.
+    def _project_part(self, number: int, half: Half, part: Part, out: Tensor) -> None:
+        kernels, linear = self.network.kernels, half.qkv
+        shift, scale, *_ = self.mods[number].unbind(1)
+        if part.update is None:
+            rows = kernels.norm_modulate(part.x, shift, scale, part.bounds, linear.code, linear.group)
+        else:
+            gate = self.mods[number - 1, :, 5]
+            rows = kernels.add_gated_norm_modulate(
+                part.x, part.update, gate, shift, scale, part.bounds, linear.code, linear.group
+            )  # fmt: skip
+            part.update = None
+        linear.matmul(*rows, out)
 
-        img: how many of the S rows are pictures'. Afterwards all k are normed and turned.
-        """
-        network = self.network
+    def _attend(self, number: int, joint: Tensor, queries: slice, reuses: bool) -> Tensor:
+        """Attention of the rows `queries` of joint (S, 3, H, d) over all, (Q, H d). Norms and turns what is raw."""
+        network, qk_norms, kept = self.network, self.network.blocks[number].qk_norms, self.references if reuses else 0
         if network.attention == "int8":
             out = torch.empty((queries.stop - queries.start, self.heads[1] * self.heads[2]), dtype=joint.dtype, device=joint.device)
-            return network.attend_int8(joint, qk_norms, self.cos, self.sin, img, kept, queries, out)
-        network.kernels.qk_norm_rope(joint[kept:], qk_norms, self.cos[kept:], self.sin[kept:], img - kept)
-        return attend(joint[queries, 0], joint[:, 1], joint[:, 2], network.attention)
+            attended = network.attend_int8(joint, qk_norms, self.cos, self.sin, self.img_tokens, kept, queries, out)
+        else:
+            network.kernels.qk_norm_rope(joint[kept:], qk_norms, self.cos[kept:], self.sin[kept:], self.img_tokens - kept)
+            attended = attend(joint[queries, 0], joint[:, 1], joint[:, 2], network.attention)
+        if self.kept and not reuses:
+            _copy_rows(self.kept[number], joint[: self.references, 1:])
+        return attended
 
-    def _joint(self, qkv: Pair, rows: Rows, img: int, kept: int, side: torch.cuda.Stream | None) -> Tensor:
-        """Queries, keys and values of rows (M, K): (kept + M, 3, H, d), its first `kept` rows still to be filled."""
-        shape = (kept + len(rows.values), qkv.img.out_features)
-        joint = torch.empty(shape, dtype=self.network.dtype, device=self.network.device)
-        qkv(rows, img, joint[kept:], side)
-        return joint.unflatten(1, self.heads)
+    def _finish_block(self, number: int, half: Half, part: Part, attended: Tensor) -> None:
+        """What comes after attention. What the MLP adds becomes the part's update."""
+        kernels = self.network.kernels
+        _, _, gate, shift, scale, _ = self.mods[number].unbind(1)
+        made = _multiply(half.out, kernels.quantize_rows(attended, half.out.code, half.out.group), part)
+        rows = kernels.add_gated_norm_modulate(part.x, made, gate, shift, scale, part.bounds, half.up.code, half.up.group)
+        hidden = kernels.gelu_rows(_multiply(half.up, rows, part), half.down.code, half.down.group)
+        part.update = _multiply(half.down, hidden, part)
+
+    def _draw(self, joint: Tensor, x: Tensor, reuses: bool) -> Tensor:
+        """The last block from its attention on, for the target alone; then the velocity (target, 64). x (target, D)."""
+        network, last = self.network, len(self.network.blocks) - 1
+        part = Part(x, (0, self.target))
+        attended = self._attend(last, joint, slice(self.references, self.img_tokens), reuses)
+        self._finish_block(last, network.blocks[-1].img, part, attended)
+        assert part.update is not None
+        return self._finish(part.x, part.update)
 
     def _finish(self, x: Tensor, update: Tensor) -> Tensor:
         # one segment alone, and here the scale comes first
@@ -340,6 +279,12 @@ class Drawing:
         rows = self.network.kernels.add_gated_norm_modulate(x, update, gate, shift, scale, (0, len(x)), "bf16")
         velocity: Tensor = self.network.edges.proj_out(rows.values)
         return velocity
+
+
+def _multiply(linear: RowLinear, rows: Rows, part: Part) -> Tensor:
+    """rows (M, K) -> (M, N), in the dtype of the part's stream."""
+    out = torch.empty((len(rows.values), linear.out_features), dtype=part.x.dtype, device=part.x.device)
+    return linear.matmul(*rows, out)
 
 
 def _copy_rows(to: Tensor, rows: Tensor) -> None:
