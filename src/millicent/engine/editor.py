@@ -7,15 +7,13 @@ without them.
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from millicent import demo
 from millicent.checkpoint.folder import open_folder, read_json
-from millicent.edits import EditRequest, EditResult, OnProgress, Progress, Stage, Timings
+from millicent.edits import EditRequest, EditResult, OnProgress, Timings
 from millicent.engine.planner import Plan
 from millicent.engine.settings import Settings
 from millicent.errors import IncompleteModelError, InputError, MillicentError, MissingExtraError, ModelNotFoundError
@@ -104,9 +102,10 @@ class Editor:
         import torch
 
         from millicent.engine import failures, pipeline
+        from millicent.engine.watch import Watch
 
         model = self._model
-        watch = _Watch(on_progress, model)
+        watch = Watch(on_progress, model.device)
         with failures.guarded(model), torch.inference_mode():
             with watch.stage("prepare"):
                 prepared = pipeline.prepare(request, model)
@@ -118,8 +117,7 @@ class Editor:
                 latents = pipeline.draw(conditioning, model, course.sigmas, course.seeds, course.true_cfg, on_step)
             with watch.stage("decode", len(course.seeds)) as on_step:
                 images = pipeline.decode(latents, request, model, on_step)
-        timings = Timings(**{f"{stage}_s": seconds for stage, seconds in watch.seconds.items()})
-        return self._make_result(course, images, timings)
+        return self._make_result(course, images, watch.timings())
 
     def edit_many(self, requests: Iterable[EditRequest], ahead: int = 1) -> Iterator[EditResult | MillicentError]:
         """Draw requests one after another, in order, with the work around each picture done while another is drawn.
@@ -147,33 +145,6 @@ class Editor:
             weights_sha256=self.weights_sha256,
             timings=timings,
         )
-
-
-class _Watch:
-    """Times the stages of one edit, and tells of each step."""
-
-    def __init__(self, on_progress: OnProgress | None, model: Model) -> None:
-        self.seconds: dict[Stage, float] = {}
-        self._on_progress = on_progress
-        self._device = model.device
-
-    @contextmanager
-    def stage(self, stage: Stage, steps: int = 1) -> Iterator[Callable[[int, int], None]]:
-        """Yields what to call before each step, where there are several; a stage of one step is told here."""
-        import torch
-
-        begin = time.perf_counter()
-        if stage in ("prepare", "encode"):
-            self._tell(stage, 0, steps)
-        yield lambda step, of: self._tell(stage, step, of)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.seconds[stage] = time.perf_counter() - begin
-        self._tell(stage, steps, steps)
-
-    def _tell(self, stage: Stage, step: int, steps: int) -> None:
-        if self._on_progress is not None:
-            self._on_progress(Progress(stage, step, steps))
 
 
 def find_model(model: str | Path) -> tuple[str, Path, ModelCard]:

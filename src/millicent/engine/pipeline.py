@@ -176,9 +176,10 @@ def drawn_size(request: EditRequest, card: ModelCard, multiple: int) -> tuple[in
 
 def encode(prepared: Prepared, model: Model, prompt: str, negative_prompt: str | None) -> Conditioning:
     """Read the prompts with the pictures, and encode the pictures. `negative_prompt` is None without guidance."""
+    # first, as a card does it by itself while the host tokenizes
+    latents = [encode_picture(reference, model) for reference in prepared.references]
     positive = read(prompt, prepared, model)
     negative = None if negative_prompt is None else read(negative_prompt, prepared, model)
-    latents = [encode_picture(reference, model) for reference in prepared.references]
     target = prepared.height // model.pixels_per_token, prepared.width // model.pixels_per_token
     shapes = [target, *((z.shape[2] // PATCH, z.shape[3] // PATCH) for z in latents)]
     return Conditioning(positive, negative, torch.cat([pack(z) for z in latents], 1), tuple(shapes))

@@ -33,10 +33,10 @@ from millicent.engine import failures, pipeline
 from millicent.engine.loading import Model
 from millicent.engine.output import Sent
 from millicent.engine.pipeline import Conditioning, Course, Latents, Prepared
+from millicent.engine.watch import Mark, mark, seconds_between
 from millicent.errors import MillicentError
 
 MakeResult = Callable[[Course, Sequence[Image.Image], Timings], EditResult]
-Mark = float | torch.cuda.Event  # a point in time, of the host or of a card's stream
 Outcome = EditResult | MillicentError
 
 
@@ -134,7 +134,7 @@ class Stream:
     def _finish(self, edit: Edit, sent: Sequence[Sent]) -> tuple[EditResult, float]:
         images = [pipeline.receive(one, edit.request) for one in sent]
         ready = edit.ready.result()
-        seconds = {stage: _seconds(*span) for stage, span in edit.spans.items()}
+        seconds = {stage: seconds_between(*span) for stage, span in edit.spans.items()}
         timings = Timings(ready.seconds, seconds["encode"], seconds["denoise"], seconds["decode"])
         return self._make_result(ready.course, images, timings), time.perf_counter()
 
@@ -163,9 +163,9 @@ class Stream:
                 event = edit.spans[after][1]
                 assert isinstance(event, torch.cuda.Event)
                 stream.wait_event(event)
-            begin = _mark(stream)
+            begin = mark(stream)
             yield
-            edit.spans[stage] = (begin, _mark(stream))
+            edit.spans[stage] = (begin, mark(stream))
 
     def _take(self, *tensors: Tensor) -> None:
         """What the other stream has made is read by the current one."""
@@ -204,20 +204,3 @@ def _wait_for(edit: Edit, ended: float) -> tuple[Outcome, float]:
     except MillicentError as error:
         return error, ended
     return dataclasses.replace(result, elapsed_s=now - ended), now
-
-
-def _mark(stream: torch.cuda.Stream | None) -> Mark:
-    if stream is None:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(stream)
-    return event
-
-
-def _seconds(begin: Mark, end: Mark) -> float:
-    """Called after the end has come."""
-    if isinstance(begin, torch.cuda.Event):
-        assert isinstance(end, torch.cuda.Event)
-        return float(begin.elapsed_time(end)) / 1000
-    assert not isinstance(end, torch.cuda.Event)
-    return end - begin
