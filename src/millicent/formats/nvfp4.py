@@ -99,13 +99,13 @@ class NVFP4Linear(nn.Module):
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        """weight (N, K) BF16 or FP32, quantized where it lies; bias (N,) or None.
+        """weight (N, K) BF16 or FP32, quantized where it lies; bias (N,) or None. On a Blackwell card its product is the native one.
 
         Raises InputError for sides that 16 does not divide.
         """
         check_sides(weight.shape[0], weight.shape[1], "NVFP4")
         codes, scales, global_scale = quantize(weight)
-        return cls(codes, scales, bias, global_scale)
+        return cls(codes, scales, bias, global_scale, "native" if _major(weight.device) in NATIVE_MAJORS else "emulation")
 
     def matmul(self, values: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
         """values (M, K) BF16 or FP32, no scale -> (M, N) in their dtype, in `out` if given.
@@ -123,10 +123,15 @@ class NVFP4Linear(nn.Module):
         return self.matmul(x.reshape(-1, self.in_features), None).view(*x.shape[:-1], self.out_features)
 
 
+def _major(device: torch.device) -> int:
+    """Of a card's compute capability; 0 for a CPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
 def _multiply_native(x: Packed, weight: Packed) -> Tensor:
     """(M, K) and (N, K) -> FP32 (M, N), rounded to BF16 on the way."""
     device = x.codes.device
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    major = _major(device)
     if major not in NATIVE_MAJORS:
         found = f"compute capability {major}.x" if major else f"the device {device.type}"
         raise MachineError(
