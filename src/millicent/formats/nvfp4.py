@@ -99,7 +99,7 @@ class NVFP4Linear(nn.Module):
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        """weight (N, K) BF16 or FP32, quantized where it lies; bias (N,) or None. On a Blackwell card its product is the native one.
+        """weight (N, K) BF16 or FP32, quantized where it lies; bias (N,) or None. On Blackwell the product is native.
 
         Raises InputError for sides that 16 does not divide.
         """
