@@ -467,7 +467,7 @@ def main() -> None:
     args = parser.parse_args()
     device = choose_device(args.device)
     if args.size == "true" and device.type != "cuda":
-        raise MachineError("The true size needs a card with 80 GB or more.", "Use --size tiny.")
+        raise MachineError("The true size needs a card with 141 GB: two models lie on it at a time.", "Use --size tiny.")
     if min(args.images, args.steps) < 1:
         raise InputError("Nothing is drawn with no images or no steps.", "Give at least 1 of each.")
     rows = make_rows(args, device)

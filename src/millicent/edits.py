@@ -99,7 +99,7 @@ def _check_schedule(steps: int | None, sigmas: tuple[float, ...] | None, schedul
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Wall-clock seconds of each stage of one edit; on a GPU each stage ends with a synchronization.
+    """Wall-clock seconds of each stage of one edit; on a GPU from one event of its stream to the next.
 
     In a run of many (Editor.edit_many) nothing waits between stages: `prepare_s` is the preparing thread's, the others are from
     one event of the GPU's stream to the next, and as the stages of neighbors overlap, `total_s` is more than an edit adds to the

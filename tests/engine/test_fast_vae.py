@@ -1,13 +1,11 @@
 """The fast VAE on the CPU: the same numbers by the reference twin, and what is kept of which shape."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from conftest import make_vae
 from torch import Tensor
 
-from millicent.engine.fast_vae import CapturedVAE, FusedNorm, PassesByShape, chunked_attention, speed_up
+from millicent.engine.fast_vae import CapturedVAE, FusedNorm, chunked_attention, speed_up
 from millicent.kernels.channel_norm_reference import channel_norm_silu
 from millicent.model.config import VAEConfig
 from millicent.model.vae import VAE, ChannelNorm, NormSiLU, convert_state
@@ -95,31 +93,6 @@ def test_attention_in_chunks_equals_the_formula_in_float64(rows: int) -> None:
     wide = (q.double() @ k.double().mT * 48**-0.5).softmax(-1) @ v.double()
     found = chunked_attention(q, k, v, rows)
     torch.testing.assert_close(found.double(), wide, atol=5e-6, rtol=0.0)  # FP32 sums of 48 and 30 terms of order 1 to 10
-
-
-def test_each_shape_is_recorded_once_and_the_oldest_forgotten() -> None:
-    recorded: list[int] = []
-
-    def record(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
-        recorded.append(len(example))
-        return function
-
-    passes = PassesByShape(lambda x: x * 2, record, kept=2)
-    for size in (1, 2, 1, 3, 1, 2):  # 3 drives 2 out, as 1 was used since; then 2 drives 3 out
-        assert torch.equal(passes(torch.full((size,), 3.0)), torch.full((size,), 6.0))
-    assert recorded == [1, 2, 3, 2]
-    passes(torch.zeros(2, dtype=torch.float64))
-    assert recorded == [1, 2, 3, 2, 2]
-
-
-def test_a_pass_that_could_not_be_recorded_is_not_kept() -> None:
-    def record(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
-        raise MemoryError
-
-    passes = PassesByShape(lambda x: x, record)
-    for _ in range(2):
-        with pytest.raises(MemoryError):
-            passes(torch.zeros(1))
 
 
 def test_without_graphs_it_is_the_vae_itself() -> None:

@@ -15,14 +15,19 @@ from conftest import draw_picture
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from millicent import demo
 from millicent.checkpoint.load import load_network
 from millicent.checkpoint.recognize import Distilled
 from millicent.edits import EditRequest
 from millicent.engine import parts
 from millicent.engine.editor import Editor
+from millicent.engine.fast_encoder import quantize_encoder
+from millicent.engine.loading import lay_out, load_model
 from millicent.engine.parts import check_memory, find_part, fused_steps, tell_expanded, with_distillation
+from millicent.engine.planner import plan
+from millicent.engine.settings import Settings
 from millicent.errors import CheckpointError, InputNotFoundError, MachineError, WeightsMismatchError
-from millicent.facts.models import find_card
+from millicent.facts.models import find_card, read_card
 from millicent.model.config import MMDiTConfig
 from millicent.model.mmdit import MMDiT
 
@@ -272,6 +277,34 @@ def test_what_a_transformer_takes_is_told_before(name: str, write: Write, monkey
     monkeypatch.setattr(parts, "_free_host_bytes", lambda: taken - 1)
     with pytest.raises(MachineError, match="GiB are free"):
         check_memory([recognized], True, torch.bfloat16, CPU)
+
+
+def test_what_planned_networks_take_is_told_before() -> None:
+    """The demo's on a Hopper card: codes of one byte in both networks; scales are not counted."""
+    chosen = plan(Settings(format="fp8"), (9, 0), "a card")
+    assert chosen is not None
+    found = {
+        network: find_part(network, demo.folder() / network, None, demo.folder()) for network in ("transformer", "text_encoder")
+    }
+    model = load_model(demo.folder(), read_card(demo.folder() / "card.toml"), CPU, torch.bfloat16)
+    quantize_encoder(model.text_encoder.network, CPU, "fp8")
+    blocks = lay_out(model.mmdit, chosen, CPU, torch.bfloat16).network.blocks
+    linears = [linear for block in blocks for half in (block.img, block.txt) for linear in (half.qkv, half.out, half.up, half.down)]
+    held = {
+        "text_encoder": [model.text_encoder.network],
+        "transformer": [*linears, *(model.mmdit.get_submodule(name) for name in ("img_in", "txt_in", "txt_norm", "proj_out"))],
+    }
+    for network, modules in held.items():
+        states = [module.state_dict() for module in modules if isinstance(module, nn.Module)]
+        taken = sum(
+            tensor.numel() * tensor.element_size()
+            for state in states
+            for key, tensor in state.items()
+            if not key.endswith("weight_scale")
+        )
+        told = parts._needed_bytes(found[network].component, True, torch.bfloat16, chosen)
+        # norms within the blocks, and the biases that FP8's products want in BF16
+        assert 0.97 * told <= taken <= told, network
 
 
 def zoo_part(path: Path) -> parts.FoundPart:

@@ -111,6 +111,21 @@ def test_reuse_is_exact_at_the_first_step_and_near_at_the_next() -> None:
     assert relative(reusing.step(inputs[0], 0), exact.step(inputs[0], 0)) < FP32_ERROR
 
 
+def test_prompts_of_two_lengths_share_where_references_are_kept() -> None:
+    shapes = [(4, 6), (3, 5)]
+    short, long = make_inputs(shapes), make_inputs(shapes, txt_tokens=9)
+    fast = lay_out(make_network(True), make_plan(Settings(reuse_reference=True)), CPU, torch.float32)
+    mods, _ = fast.modulation.mods(SIGMAS)
+    drawings = [fast.network.start(inputs[1], inputs[2], shapes, mods) for inputs in (short, long)]
+    assert drawings[0].kept is drawings[1].kept
+    assert fast.network.start(short[1], short[2], shapes, mods, slot=1).kept is not drawings[0].kept
+    drawn = []
+    for inputs in (short, long, short):
+        drawing = fast.network.start(inputs[1], inputs[2], shapes, mods)
+        drawn.append([drawing.step(inputs[0], row) for row in (0, 1)])
+    assert all(torch.equal(first, again) for first, again in zip(drawn[0], drawn[2], strict=True))
+
+
 @pytest.mark.parametrize("reuse", [False, True])
 def test_8_bit_attention_is_near_exact_attention(reuse: bool) -> None:
     shapes = [(4, 6), (3, 5)]

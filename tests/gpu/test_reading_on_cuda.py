@@ -153,7 +153,7 @@ def test_the_embedding_table_may_stay_on_the_host(encoder: TextEncoder) -> None:
 
 
 def test_a_recording_without_memory_is_an_error_of_the_machine_and_harms_nothing() -> None:
-    recorder, calls = GraphRecorder(CUDA), []
+    recorder, calls = GraphRecorder(CUDA, "the text encoder"), []
 
     def second_fails(x: Tensor) -> tuple[Tensor]:
         calls.append(x)

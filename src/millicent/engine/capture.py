@@ -85,12 +85,13 @@ class GraphRecorder:
     """Records work on one CUDA device, on a stream of its own.
 
     All graphs share one pool of memory, which is sound since each leaves only results that are copied out before another
-    runs: replay them from one thread, on one stream.
+    runs: replay them from one thread, on one stream. whose: work it is, for errors.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, whose: str) -> None:
         assert device.type == "cuda"
         self._device = device
+        self._whose = whose
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
@@ -107,7 +108,7 @@ class GraphRecorder:
             traceback.clear_frames(error.__traceback__)  # or the error would hold every tensor of the work
             torch.cuda.empty_cache()
             raise MachineError(
-                "The card's memory is too small to record the text encoder's work, beside what else is in it.",
+                f"The card's memory is too small to record {self._whose}'s work, beside what else is in it.",
                 "Draw smaller pictures, or give the weights fewer bits.",
             ) from error
 
@@ -120,6 +121,7 @@ class GraphRecorder:
         with torch.cuda.stream(self._stream):
             work(*fed)  # cuBLAS's workspace is the stream's own: made here, it is not in the pool
         self._stream.synchronize()
+        torch.cuda.empty_cache()  # what that left is of no use to the recording, which allocates in its pool
         graph = torch.cuda.CUDAGraph()
         # other threads may go on using the card meanwhile
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):

@@ -16,6 +16,7 @@ from typing import Self
 
 import torch
 
+from millicent.engine.fast_vae import CapturedVAE
 from millicent.engine.loading import Model
 from millicent.engine.planner import FORMAT_BYTES, TENSOR_CORES, Capability
 from millicent.engine.settings import Format
@@ -122,6 +123,8 @@ def recover(model: Model, error: BaseException, outside: torch.cuda.Stream | Non
         model.reader.clear()
     if model.latents is not None:
         model.latents.clear()
+    if isinstance(model.vae, CapturedVAE):
+        model.vae.clear()
     if outside is not None:
         torch.cuda.empty_cache()
 

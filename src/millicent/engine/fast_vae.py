@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import traceback
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,16 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from millicent.engine.capture import GraphRecorder, Replays
 from millicent.errors import MachineError
 from millicent.model.config import VAEConfig
 from millicent.model.vae import VAE, ChannelNorm, NormSiLU, SelfAttention
 
 Norm = Callable[[Tensor, Tensor, bool], Tensor]
-Pass = Callable[[Tensor], Tensor]
 Attention = Literal["sdpa", "chunked"]
 
-SHAPES_KEPT = 4  # of each direction: a batch meets few shapes, and each keeps its input and output on the card
-WARM_UPS = 2  # the first compiles kernels and chooses algorithms, the second finds all of that done
+PASSES_KEPT = 8  # four shapes in two directions: a batch meets few, and each keeps its input and output on the card
 CHUNK_ROWS = 4096  # of scores against 16384 pixels: 256 MiB in FP32
 
 
@@ -120,60 +116,16 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return torch.mm(q.float(), k.float().T)
 
 
-@dataclass(frozen=True, slots=True)
-class Captured:
-    """One recorded pass: what it reads from and what it leaves its result in."""
-
-    graph: torch.cuda.CUDAGraph
-    fed: Tensor
-    drawn: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.fed.copy_(x)
-        self.graph.replay()
-        return self.drawn.clone()
-
-
-Record = Callable[[Pass, Tensor], Pass]
-
-
-class PassesByShape:
-    """One direction of the VAE: a recorded pass for each shape and dtype, the least recently used forgotten first."""
-
-    def __init__(self, function: Pass, record: Record, kept: int = SHAPES_KEPT) -> None:
-        self._function = function
-        self._record = record
-        self._kept = kept
-        self._passes: OrderedDict[tuple[torch.Size, torch.dtype], Pass] = OrderedDict()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        key = x.shape, x.dtype
-        if key in self._passes:
-            self._passes.move_to_end(key)
-        else:
-            if len(self._passes) == self._kept:  # before recording, so that its memory is taken again
-                self._passes.popitem(last=False)
-            self._passes[key] = self._record(self._function, x)
-        return self._passes[key](x)
-
-
 class CapturedVAE:
-    """A VAE on a CUDA device whose passes are replayed from CUDA graphs, one for each shape, the last four of each direction.
+    """A VAE on a CUDA device whose passes are replayed from CUDA graphs from the second time on that a shape comes.
 
-    The first picture of a shape is drawn twice before it is recorded. All graphs share one pool of memory, which is sound
-    since each leaves only a result that is copied out before another runs: call it from one thread, on one stream.
-    graphs: False runs every pass as it is. tune: let cuDNN time its algorithms for each new shape; what wins, and with it the
-    last bits, may differ between runs.
+    Call it from one thread, on one stream. graphs: False runs every pass as it is.
     """
 
-    def __init__(self, vae: VAE, *, graphs: bool = True, tune: bool = False) -> None:
+    def __init__(self, vae: VAE, *, graphs: bool = True) -> None:
         self.vae = vae
-        self.encode_pass: Pass = vae.encode
-        self.decode_pass: Pass = vae.decode
-        if graphs:
-            recorder = Recorder(next(vae.parameters()).device, tune)
-            self.encode_pass = PassesByShape(vae.encode, recorder.record)
-            self.decode_pass = PassesByShape(vae.decode, recorder.record)
+        device = next(vae.parameters()).device
+        self._replays = Replays(GraphRecorder(device, "the VAE").record, PASSES_KEPT) if graphs else None
 
     @property
     def config(self) -> VAEConfig:
@@ -181,62 +133,20 @@ class CapturedVAE:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        """As VAE.encode: (B, 3, H, W) -> (B, 16, H/8, W/8). Raises MachineError where a new shape does not fit into memory."""
-        return self.encode_pass(pixels)
+        """As VAE.encode: (B, 3, H, W) -> (B, 16, H/8, W/8). Raises MachineError where a recording does not fit into memory."""
+        return self._run("encode", self.vae.encode, pixels)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """As VAE.decode: (B, 16, h, w) -> (B, 3, 8 h, 8 w). Raises MachineError where a new shape does not fit into memory."""
-        return self.decode_pass(latents)
+        """As VAE.decode: (B, 16, h, w) -> (B, 3, 8 h, 8 w). Raises MachineError where a recording does not fit into memory."""
+        return self._run("decode", self.vae.decode, latents)
 
+    def clear(self) -> None:
+        """Forget all recordings: their memory is needed."""
+        if self._replays is not None:
+            self._replays.clear()
 
-class Recorder:
-    """Records passes on one CUDA device, on a stream of its own, into one pool of memory."""
-
-    def __init__(self, device: torch.device, tune: bool) -> None:
-        assert device.type == "cuda"
-        self._tune = tune
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # warmed up where it is recorded, or cuBLAS's workspace would be in the pool
-
-    def record(self, function: Pass, example: Tensor) -> Captured:
-        """Raises MachineError, with all undone, where it does not fit into memory."""
-        tuned, outside = torch.backends.cudnn.benchmark, torch.cuda.current_stream(self._device)
-        torch.backends.cudnn.benchmark = self._tune
-        try:
-            with torch.cuda.device(self._device):
-                return self._record(function, example.clone())
-        except RuntimeError as error:
-            torch.cuda.set_stream(outside)  # a recording that cannot even be ended leaves its own behind
-            if not _is_out_of_memory(error):
-                raise
-            traceback.clear_frames(error.__traceback__)  # or the error would hold every tensor of the pass
-            torch.cuda.empty_cache()
-            raise MachineError(
-                f"The card's memory is too small for the VAE at shape {tuple(example.shape)}, beside what else is in it.",
-                "Draw smaller pictures, or give the transformer fewer bits.",
-            ) from error
-        finally:
-            torch.backends.cudnn.benchmark = tuned
-
-    def _record(self, function: Pass, fed: Tensor) -> Captured:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UPS):
-                function(fed)
-        self._stream.synchronize()
-        torch.cuda.empty_cache()  # what the warm-up left is of no use to the recording, which allocates in its pool
-        graph = torch.cuda.CUDAGraph()
-        # other threads may go on using the card meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            drawn = function(fed)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return Captured(graph, fed, drawn)
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether it, or what it came up while handling, is: ending a recording that has failed raises an error of its own."""
-    while error is not None and not isinstance(error, torch.OutOfMemoryError):
-        error = error.__context__
-    return error is not None
+    def _run(self, direction: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self._replays is None:
+            return function(x)
+        return self._replays.run(direction, lambda fed: (function(fed),), x)[0]

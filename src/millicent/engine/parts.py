@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from millicent.checkpoint.architecture import transformer_tensors
+from millicent.checkpoint.architecture import text_encoder_tensors, transformer_tensors
 from millicent.checkpoint.canary import check_magnitudes, compare_with_base, decide_by_base
 from millicent.checkpoint.converted import sees_timestep_alone
 from millicent.checkpoint.files import JoinedSource
@@ -132,19 +132,29 @@ def fused_steps(found: Distilled | None, said_steps: int | None) -> int | None:
 def check_memory(
     parts: Sequence[FoundPart], keep_codes: bool, dtype: torch.dtype, device: torch.device, plan: Plan | None = None
 ) -> None:
-    """Raises MachineError where the weights alone are more than the device has free. plan: of the transformer."""
-    needed = sum(
-        _bytes(part.component, keep_codes or part.component.network == "text_encoder", dtype)
-        if plan is None or part.component.network != "transformer"
-        else _planned_bytes(part.component, plan, dtype)
-        for part in parts
-    )
+    """Raises MachineError where the weights alone are more than the device has free. plan: None for the plain networks."""
+    needed = sum(_needed_bytes(part.component, keep_codes, dtype, plan) for part in parts)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
     if free is not None and needed > free:
         raise MachineError(
             f"The weights take {needed / _GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}, and {free / _GIB:.1f} GiB are free.",
             "Use a card with more memory, or weights in FP8 or INT8, which are kept as they are.",
         )
+
+
+def _needed_bytes(component: Component, keep_codes: bool, dtype: torch.dtype, plan: Plan | None) -> int:
+    if plan is not None and component.network == "transformer":
+        return _planned_bytes(component, plan, dtype)
+    if plan is not None and component.network == "text_encoder" and plan.text_encoder == "fp8":
+        return _fp8_encoder_bytes(component, dtype)
+    return _bytes(component, keep_codes or component.network == "text_encoder", dtype)
+
+
+def _fp8_encoder_bytes(component: Component, dtype: torch.dtype) -> int:
+    """Of the text encoder with its linears in FP8; the table of embeddings stays as it is."""
+    tensors = text_encoder_tensors(component.config)
+    is_code = {name: len(shape) == 2 and "embed_tokens" not in name for name, shape in tensors.items()}
+    return sum(math.prod(shape) * (1 if is_code[name] else dtype.itemsize) for name, shape in tensors.items())
 
 
 def _planned_bytes(component: Component, plan: Plan, dtype: torch.dtype) -> int:

@@ -88,7 +88,7 @@ def _choose_format(asked: Format | None, capability: Capability | None, card: st
 
 def _choose_encoder(transformer: Format, capability: Capability | None) -> tuple[EncoderFormat, str]:
     if capability is not None and transformer in ("fp8", "nvfp4"):  # a card that has FP4 has FP8
-        return "fp8", "the text encoder in fp8 too, whose reading is bound by the bytes of its weights"
+        return "fp8", "the text encoder in fp8 too, with half the bytes"
     return "bf16", "the text encoder in bf16"
 
 
@@ -98,5 +98,5 @@ def _choose_attention(settings: Settings, capability: Capability | None, card: s
     if capability is None:
         return "math", "exact attention in PyTorch"
     if capability[0] in (9, 10):
-        return "cudnn", f"exact attention by cuDNN, the fastest on {card}'s generation"
-    return "flash", f"exact attention by FlashAttention, the fastest on {card}'s generation"
+        return "cudnn", f"exact attention by cuDNN, which is made for {card}'s generation; PyTorch's FlashAttention is not"
+    return "flash", "exact attention by FlashAttention"

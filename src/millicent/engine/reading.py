@@ -89,7 +89,7 @@ class Reader:
         check_config(self._config)
         self.device = _device_of(text_encoder.network)
         records = uses_graphs and self.device.type == "cuda"
-        self.replays = Replays(GraphRecorder(self.device).record, _KEPT_GRAPHS) if records else None
+        self.replays = Replays(GraphRecorder(self.device, "the text encoder").record, _KEPT_GRAPHS) if records else None
         pictures, openings = int(budget_bytes * _PICTURES_SHARE), int(budget_bytes * _OPENINGS_SHARE)
         self.pictures = ByteBudgetCache[str, Picture](pictures)
         self.openings = ByteBudgetCache[tuple[str, ...], Opening](openings)

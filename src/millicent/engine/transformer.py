@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ from millicent.model.mmdit import MMDiT
 
 Exact = Literal["cudnn", "flash", "math"]
 Attention = Exact | Literal["int8"]
-_KEPT_SHAPES = 4
+_KEPT_SHAPES = 16  # a prompt's length is part of a shape: a catalog has dozens, of 40 MB each at true size
 _BACKENDS: dict[Exact, SDPBackend] = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -100,6 +101,7 @@ class FastMMDiT:
         # one for all graphs: torch's streams come round again after 32, and might be another graph's
         self.side = torch.cuda.Stream(self.device, priority=-1) if self.uses_graphs else None
         self._drawings: OrderedDict[tuple[object, ...], Drawing] = OrderedDict()
+        self._kept: WeakValueDictionary[tuple[int, int], Tensor] = WeakValueDictionary()
         self.forget()
         self.blocks: list[FastBlock] = []
         taken, mmdit.transformer_blocks = list(mmdit.transformer_blocks), nn.ModuleList()
@@ -115,12 +117,24 @@ class FastMMDiT:
         slot: tells drawings apart that go on at the same time, as with guidance; the one before in a slot has ended.
         """
         key = (tuple(img_shapes), txt.shape[1], slot)
-        drawing = self._drawings.pop(key, None) or Drawing(self, list(img_shapes), txt.shape[1])
+        drawing = self._drawings.pop(key, None) or Drawing(self, list(img_shapes), txt.shape[1], slot)
         self._drawings[key] = drawing  # the last one used is the last in order
         while len(self._drawings) > _KEPT_SHAPES:
             self._drawings.popitem(last=False)
         drawing.begin(txt, references, mods)
         return drawing
+
+    def kept_rows(self, references: int, slot: int) -> Tensor:
+        """Where drawings keep their references' keys and values (blocks, R, 2, H, d): 3 GB for 4096 tokens at true size.
+
+        Drawings of a slot share it, as one has ended when the next begins; it goes with the last of them.
+        """
+        kept = self._kept.get((references, slot))
+        if kept is None:
+            config = self.config
+            shape = (config.num_layers, references, 2, config.num_attention_heads, config.attention_head_dim)
+            kept = self._kept[references, slot] = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return kept
 
     def forget(self) -> None:
         """Let go of every shape's buffers and graphs: the memory is needed, or a step has failed half-way."""
@@ -132,7 +146,7 @@ class FastMMDiT:
 class Drawing:
     """One picture after another of the same shapes: buffers that stay where they are, so that a graph can be replayed on them."""
 
-    def __init__(self, network: FastMMDiT, img_shapes: list[tuple[int, int]], txt_tokens: int) -> None:
+    def __init__(self, network: FastMMDiT, img_shapes: list[tuple[int, int]], txt_tokens: int, slot: int) -> None:
         config = network.config
         self.network = network
         self.target = img_shapes[0][0] * img_shapes[0][1]
@@ -150,8 +164,7 @@ class Drawing:
         self.latents = empty(self.target, config.in_channels)
         self.reference_rows, self.txt_rows = empty(self.references, config.dim), empty(txt_tokens, config.dim)
         self.mods, self.final = empty(config.num_layers, 3, 6, config.dim), empty(2, config.dim)
-        kept_blocks = config.num_layers if network.reuse_reference and self.references else 0
-        self.kept = [empty(self.references, 2, *self.heads[1:]) for _ in range(kept_blocks)]
+        self.kept = network.kept_rows(self.references, slot) if network.reuse_reference and self.references else None
         self.holds_kept = False
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
@@ -178,7 +191,7 @@ class Drawing:
             velocity = drawn.clone()
         else:
             velocity = self._forward(reuses, side=None)
-        self.holds_kept = bool(self.kept)
+        self.holds_kept = self.kept is not None
         return velocity[None]
 
     def _capture(self, reuses: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -226,6 +239,7 @@ class Drawing:
             self._project_part(number, block.img, img, joint[kept:first_txt])
         joint = joint.unflatten(1, self.heads)
         if kept:
+            assert self.kept is not None
             _copy_rows(joint[:kept, 1:], self.kept[number])
         return joint
 
@@ -251,7 +265,7 @@ class Drawing:
         else:
             network.kernels.qk_norm_rope(joint[kept:], qk_norms, self.cos[kept:], self.sin[kept:], self.img_tokens - kept)
             attended = attend(joint[queries, 0], joint[:, 1], joint[:, 2], network.attention)
-        if self.kept and not reuses:
+        if self.kept is not None and not reuses:
             _copy_rows(self.kept[number], joint[: self.references, 1:])
         return attended
 
