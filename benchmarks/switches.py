@@ -1,0 +1,578 @@
+"""What every optimization buys, at the 20B model's true size and on random weights. `python -m benchmarks.switches`.
+
+The first row has everything on that is exact, in the format that the card runs fastest. "off" rows lack one optimization each,
+so that what they take more than the first is what it buys; "on" rows have one approximation, or one thing remembered from the edit
+before. The first row is measured once more in the middle of the run: a difference no larger than that row's says nothing.
+A row whose velocity, hidden states, latents or pixels are not diffusers' reports no speed; what reuse of the reference leaves out
+does not show there, as nothing has changed from one step to the next at the same noise level. Memory counts the pipeline's own
+weights, which lie on the card all the time. The weights that make the modulation table lie there too; where they are read from
+the host, as a model that is opened from files has it, making the table anew takes longer than told here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import gc
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar, cast
+
+import diffusers
+import torch
+from PIL import Image, ImageChops
+from torch import Tensor
+
+from benchmarks.machine import describe_machine
+from benchmarks.peers import BOUNDS, SIGMA, STAGES, Figures, Job, make_eager, make_job, median_ms, relative_error, say
+from benchmarks.reading import LARGEST_ERROR
+from benchmarks.reference import mended_positions
+from benchmarks.systems import forget
+from benchmarks.true_size import SIZES, Size, make_card, make_pipeline, to_millicent
+from millicent.edits import EditRequest
+from millicent.engine import fast_vae
+from millicent.engine import pipeline as stages_of
+from millicent.engine.editor import Editor
+from millicent.engine.fast_vae import CapturedVAE
+from millicent.engine.loading import CACHE_BYTES, FastDrawing, Model, choose_device, speed_up_model
+from millicent.engine.planner import EncoderFormat, Plan, plan
+from millicent.engine.reading import Reader
+from millicent.engine.settings import Settings
+from millicent.errors import InputError, MachineError, MillicentError
+from millicent.kernels import Kernels, reference
+from millicent.model.layers import FinalNorm
+
+STEP_REPEATS = 8
+STAGE_REPEATS = 3
+WARMUPS = 2  # the first edit of a shape compiles and allocates, the second is recorded
+GIB = 1024**3
+# of the table; differences are told of these and of the stages
+COLUMNS = {
+    "step_ms": "step ms",
+    "edit_ms": "edit ms",
+    "in_a_row_ms": "ms in a row",
+    "peak_gib": "peak GiB",
+    "reserved_gib": "reserved GiB",
+}
+WIDTH = 18
+
+Before = Callable[[Model], object]
+Turn = Callable[[Model], AbstractContextManager[Model]]
+DrawMany = Callable[[Editor, Sequence[EditRequest]], None]
+Made = TypeVar("Made")
+
+
+@contextmanager
+def as_it_is(model: Model) -> Iterator[Model]:
+    yield model
+
+
+def nothing(model: Model) -> None:
+    pass
+
+
+def draw_together(editor: Editor, requests: Sequence[EditRequest]) -> None:
+    for result in editor.edit_many(requests):
+        if isinstance(result, MillicentError):
+            raise result
+
+
+def draw_one_by_one(editor: Editor, requests: Sequence[EditRequest]) -> None:
+    for request in requests:
+        editor.edit(request)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """One row: the model of its group with one thing switched.
+
+    turn: switches it, and switches it back on leaving. before_step, before_edit: run, and counted, at the beginning of each.
+    times_step, times_edit: whether it is about a step, about an edit. draw_many: how a row of pictures is drawn, where it is
+    about that.
+    """
+
+    name: str
+    state: Literal["baseline", "again", "off", "on"] = "off"
+    turn: Turn = as_it_is
+    before_step: Before = nothing
+    before_edit: Before = forget
+    times_step: bool = False
+    times_edit: bool = True
+    draw_many: DrawMany | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Switches of one model, which is opened once for them all."""
+
+    open: Callable[[], Model]
+    switches: tuple[Switch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What diffusers makes of the job. velocity: of its step. latents: the reference's, packed. pixels: decoded from those."""
+
+    velocity: Tensor
+    text: Tensor
+    latents: Tensor
+    pixels: Tensor
+
+
+@torch.no_grad()
+def make_truth(pipeline: diffusers.QwenImageEditPlusPipeline, job: Job) -> Truth:
+    velocity = make_eager(pipeline, job).step()
+    with mended_positions(pipeline):  # of the picture as an edit sizes it: a tiny one's side is no multiple of 32
+        text = pipeline.encode_prompt(prompt=job.prompt, image=[small_picture(job)])[0]
+    latents = job.img[:, job.target_tokens :]
+    mean, deviation = (
+        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+        for values in (pipeline.vae.config.latents_mean, pipeline.vae.config.latents_std)
+    )
+    raw = stages_of.unpack(latents, *job.img_shapes[1]) * deviation + mean
+    truth = Truth(velocity, text, latents, pipeline.vae.decode(raw[:, :, None]).sample[:, :, 0].clamp(-1, 1))
+    assert all(bool(getattr(truth, field.name).isfinite().all()) for field in dataclasses.fields(truth))
+    return truth
+
+
+def small_picture(job: Job) -> Image.Image:
+    """What the text encoder sees."""
+    size = stages_of.size_for_area(job.size.encoder_px**2, job.picture.height, job.picture.width)
+    return stages_of.resize(job.picture, *size)
+
+
+def fast_of(model: Model) -> FastDrawing:
+    assert model.fast is not None
+    return model.fast
+
+
+def with_network(**attributes: object) -> Turn:
+    """FastMMDiT with other attributes, and none of what it has recorded with its own."""
+
+    @contextmanager
+    def turn(model: Model) -> Iterator[Model]:
+        network = fast_of(model).network
+        before = {name: getattr(network, name) for name in attributes}
+        try:
+            for name, value in attributes.items():
+                setattr(network, name, value)
+            network.forget()
+            yield model
+        finally:
+            for name, value in before.items():
+                setattr(network, name, value)
+            network.forget()
+
+    return turn
+
+
+def make_vectors(model: Model) -> dict[str, Tensor]:
+    """What a network without a table computes at every step, by module: one timestep through each modulation linear."""
+    timestep = torch.tensor([SIGMA], device=model.device, dtype=model.dtype)
+    img_vec, txt_vec = model.mmdit.embed(timestep, model.dtype)
+    made = {}
+    for name, module in fast_of(model).modulation._modules.items():
+        modulate = module.modulation if isinstance(module, FinalNorm) else module
+        made[name] = modulate(img_vec if name.endswith("img_mod") else txt_vec)
+    return made
+
+
+def forget_table(model: Model) -> None:
+    fast_of(model).modulation._made.clear()
+
+
+def forget_all(model: Model) -> None:
+    """The table too: as many timesteps through each linear as the edit has steps, which is what no table costs."""
+    forget(model)
+    forget_table(model)
+
+
+def forget_all_but(*kept: Literal["pictures", "openings", "embeddings", "latents"]) -> Before:
+    """Before an edit: only these caches keep what earlier edits left there."""
+
+    def before(model: Model) -> None:
+        reader = model.reader
+        assert reader is not None
+        clears = {name: getattr(reader, name).clear for name in ("pictures", "openings", "embeddings")}
+        if model.latents is not None:
+            clears["latents"] = model.latents.clear
+        for name, clear in clears.items():
+            if name not in kept:
+                clear()
+
+    return before
+
+
+@contextmanager
+def with_eager_reader(model: Model) -> Iterator[Model]:
+    yield dataclasses.replace(model, reader=Reader(model.text_encoder, CACHE_BYTES, uses_graphs=False))
+
+
+def with_vae(pipeline: diffusers.QwenImageEditPlusPipeline, size: Size, *, kernel: bool, graphs: bool) -> Turn:
+    """A VAE that is channels-last in any case."""
+
+    @contextmanager
+    def turn(model: Model) -> Iterator[Model]:
+        vae = to_millicent(pipeline, make_card(size)).vae
+        assert not isinstance(vae, CapturedVAE)
+        fast_vae.speed_up(vae, kernel=kernel)
+        yield dataclasses.replace(model, vae=CapturedVAE(vae, graphs=graphs))
+
+    return turn
+
+
+def with_plain_vae(pipeline: diffusers.QwenImageEditPlusPipeline, size: Size) -> Turn:
+    @contextmanager
+    def turn(model: Model) -> Iterator[Model]:
+        yield dataclasses.replace(model, vae=to_millicent(pipeline, make_card(size)).vae)
+
+    return turn
+
+
+def choose_plan(settings: Settings, device: torch.device, encoder: EncoderFormat | None = None) -> Plan:
+    """encoder: the text encoder's format, where it is not the plan's own."""
+    is_cuda = device.type == "cuda"
+    if not is_cuda and settings.format is None:
+        settings = dataclasses.replace(settings, format="bf16")
+    chosen = plan(settings, torch.cuda.get_device_capability(device) if is_cuda else None, "this card")
+    assert chosen is not None
+    return chosen if encoder is None else dataclasses.replace(chosen, text_encoder=encoder)
+
+
+@torch.inference_mode()
+def open_model(pipeline: diffusers.QwenImageEditPlusPipeline, size: Size, chosen: Plan) -> Model:
+    return speed_up_model(to_millicent(pipeline, make_card(size)), chosen)
+
+
+@torch.inference_mode()
+def open_without_reader(pipeline: diffusers.QwenImageEditPlusPipeline, size: Size, chosen: Plan) -> Model:
+    """transformers runs the encoder: on a copy of its weights, so that its memory is told as the others' is."""
+    encoder = to_millicent(pipeline, make_card(size)).text_encoder
+    encoder.network = copy.deepcopy(encoder.network)
+    return dataclasses.replace(open_model(pipeline, size, chosen), text_encoder=encoder, reader=None)
+
+
+def make_groups(pipeline: diffusers.QwenImageEditPlusPipeline, size: Size) -> list[Group]:
+    """Every row of this machine, the baseline first. On a CPU nothing is recorded, and the kernels are the reference's."""
+    device = pipeline.transformer.device
+    settings, base = Settings(), choose_plan(Settings(), device)
+
+    def opener(chosen: Plan) -> Callable[[], Model]:
+        return lambda: open_model(pipeline, size, chosen)
+
+    on_card = device.type == "cuda"
+    again = Switch(name="everything again", state="again", times_step=True)
+    groups = [
+        Group(opener(base), (*shared_switches(), *(transformer_switches() if on_card else ()), again)),
+        # of their own, and each before what it replaces is used: else the graphs of that would count as its memory
+        *([Group(opener(base), edge_switches(pipeline, size))] if on_card else []),
+        Group(lambda: open_without_reader(pipeline, size, base), (Switch(name="fast text encoder", draw_many=draw_together),)),
+    ]
+    if base.text_encoder != "bf16":
+        joined = choose_plan(settings, device, "bf16")
+        groups.append(Group(opener(joined), (Switch(name=f"{base.text_encoder} text encoder"),)))
+    if base.format != "bf16":
+        plain = choose_plan(Settings(format="bf16"), device, base.text_encoder)
+        groups.append(Group(opener(plain), (Switch(name=base.format, times_step=True),)))
+    for name, changed in (
+        ("8-bit attention", dataclasses.replace(settings, attention="int8")),
+        ("reuse of the reference", dataclasses.replace(settings, reuse_reference=True)),
+    ):
+        switch = Switch(name=name, state="on", times_step=True)
+        groups.append(Group(opener(choose_plan(changed, device)), (switch,)))
+    return groups
+
+
+def shared_switches() -> tuple[Switch, ...]:
+    return (
+        Switch(name="everything", state="baseline", times_step=True, draw_many=draw_together),
+        Switch(name="edit_many", times_edit=False, draw_many=draw_one_by_one),
+        Switch(name="modulation table", times_step=True, before_step=make_vectors, before_edit=forget_all),
+        Switch(name="the picture as read", state="on", before_edit=forget_all_but("pictures", "openings")),
+        Switch(name="picture and prompt as read", state="on", before_edit=forget_all_but("pictures", "openings", "embeddings")),
+        Switch(name="the picture's latents", state="on", before_edit=forget_all_but("latents")),
+        Switch(name="all of an edit but its seed", state="on", before_edit=nothing),
+    )
+
+
+def transformer_switches() -> tuple[Switch, ...]:
+    plain_kernels = with_network(kernels=cast("Kernels", reference))
+    return (
+        Switch(name="transformer graphs", turn=with_network(uses_graphs=False), times_step=True, draw_many=draw_together),
+        Switch(name="text beside pictures", turn=with_network(overlaps_text=False), times_step=True),
+        Switch(name="fused kernels", turn=plain_kernels, times_step=True),
+    )
+
+
+def edge_switches(pipeline: diffusers.QwenImageEditPlusPipeline, size: Size) -> tuple[Switch, ...]:
+    return (
+        Switch(name="VAE graphs", turn=with_vae(pipeline, size, kernel=True, graphs=False), draw_many=draw_together),
+        Switch(name="VAE fused norm", turn=with_vae(pipeline, size, kernel=False, graphs=True)),
+        Switch(name="VAE graphs and fused norm", turn=with_vae(pipeline, size, kernel=False, graphs=False)),
+        Switch(name="fast VAE", turn=with_plain_vae(pipeline, size)),
+        Switch(name="text encoder graphs", turn=with_eager_reader, draw_many=draw_together),
+    )
+
+
+def make_step(model: Model, job: Job, before: Before) -> Callable[[], Tensor]:
+    """A step at the job's timestep -> velocity (1, target tokens, 64); with reuse a later one, after a first."""
+    fast, target = fast_of(model), job.target_tokens
+    mods, rows = fast.modulation.mods([float(job.timestep), 0.0])
+
+    def start() -> Callable[[], Tensor]:
+        drawing = fast.network.start(job.txt, job.img[:, target:], job.img_shapes, mods)
+        drawing.step(job.img[:, :target], rows[0])
+        return lambda: drawing.step(job.img[:, :target], rows[0])
+
+    start()
+    drawn = start()  # a shape that comes again is recorded
+
+    @torch.inference_mode()
+    def step() -> Tensor:
+        before(model)
+        return drawn()
+
+    return step
+
+
+def errors_of(step: Callable[[], Tensor], switch: Switch, model: Model, job: Job, truth: Truth) -> dict[str, float]:
+    """How far each part is from diffusers', relative, in the mean square."""
+    prepared = stages_of.prepare(make_request(job), model)
+    for _ in range(2):  # the second is what comes from a recording, or from memory
+        switch.before_edit(model)
+        text = stages_of.read(job.prompt, prepared, model)
+        latents = stages_of.pack(stages_of.encode_picture(prepared.references[0], model))
+        pixels = model.vae.decode(stages_of.unpack(truth.latents, *job.img_shapes[1]))
+    found = Truth(step(), text, latents, pixels)
+    names = [field.name for field in dataclasses.fields(Truth)]
+    return {name: relative_error(getattr(found, name), getattr(truth, name)) for name in names}
+
+
+def make_request(job: Job) -> EditRequest:
+    return EditRequest(images=(job.picture,), prompt=job.prompt, steps=job.steps, schedule="lightning", seed=job.seed)
+
+
+@torch.inference_mode()
+def measure(switch: Switch, model: Model, job: Job, truth: Truth, images: int) -> Figures:
+    """The figures of a switch that is turned; no speeds where a part is further from diffusers than its bound."""
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+    step = make_step(model, job, switch.before_step)
+    errors = errors_of(step, switch, model, job, truth)
+    # the velocity's are measured for each format; the others tell what is right from what is not
+    bounds = dict.fromkeys(errors, LARGEST_ERROR) | {"velocity": BOUNDS[fast_of(model).plan.format]}
+    figures: Figures = {"errors": {name: round(error, 5) for name, error in errors.items()}}
+    if beyond := [name for name, error in errors.items() if not error <= bounds[name]]:  # so that NaN is beyond too
+        return {**figures, "refused": f"its {' and '.join(beyond)} beyond the bound"}
+    if switch.times_step:
+        figures["step_ms"] = round(median_ms(step, model.device, STEP_REPEATS), 2)
+    editor = Editor(switch.name, model)
+    if switch.times_edit:
+        figures |= time_edits(switch, editor, model, job, images)
+    if switch.draw_many is not None:
+        figures |= time_many(switch.draw_many, editor, model, job, images)
+    return {**figures, **memory(model.device)}
+
+
+def memory(device: torch.device) -> Figures:
+    """GiB: the most that tensors took, and the most that was kept from others, the memory of graphs among it."""
+    if device.type != "cuda":
+        return {}
+    taken, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return {"peak_gib": round(taken / GIB, 2), "reserved_gib": round(reserved / GIB, 2)}
+
+
+def time_edits(switch: Switch, editor: Editor, model: Model, job: Job, images: int) -> Figures:
+    """Medians: ms of an edit, and of its stages one by one."""
+    request, edits_ms = make_request(job), []
+    for number in range(WARMUPS + images):
+        began = now_s(model)
+        switch.before_edit(model)
+        editor.edit(request)
+        if number >= WARMUPS:
+            edits_ms.append(1e3 * (now_s(model) - began))
+    stages = [time_stages(switch.before_edit, model, job) for _ in range(min(STAGE_REPEATS, images))]
+    return {
+        "edit_ms": round(statistics.median(edits_ms), 2),
+        "stages_ms": {stage: round(statistics.median(s[stage] for s in stages), 2) for stage in STAGES},
+    }
+
+
+def time_stages(before: Before, model: Model, job: Job) -> dict[str, float]:
+    """ms of each of an edit's stages, the card idle between them; a modulation table belongs to what is prepared."""
+    request, times_ms = make_request(job), {}
+
+    def timed(stage: str, work: Callable[[], Made]) -> Made:
+        began = now_s(model)
+        made = work()
+        times_ms[stage] = 1e3 * (now_s(model) - began)
+        return made
+
+    def prepare() -> tuple[stages_of.Prepared, stages_of.Course]:
+        before(model)
+        prepared = stages_of.prepare(request, model)
+        course = stages_of.settle(request, model, prepared.height, prepared.width)
+        stages_of.check_sigmas(course, model)
+        return prepared, course
+
+    prepared, course = timed("prepare", prepare)
+    timed("text", lambda: stages_of.read(job.prompt, prepared, model))
+    timed("vae_encode", lambda: [stages_of.encode_picture(one, model) for one in prepared.references])
+    told = stages_of.encode(prepared, model, job.prompt, None)
+    latents = timed("denoise", lambda: stages_of.draw(told, model, course.sigmas, course.seeds, course.true_cfg))
+    sent = timed("vae_decode", lambda: stages_of.send(latents.tensor, model))
+    timed("to_pil", lambda: stages_of.receive(sent, request))
+    return times_ms
+
+
+def time_many(draw_many: DrawMany, editor: Editor, model: Model, job: Job, images: int) -> Figures:
+    """No two pictures alike, so that nothing is remembered."""
+    pictures: list[Image.Image] = [ImageChops.offset(job.picture, number, 0) for number in range(1, images + 1)]
+    requests = [dataclasses.replace(make_request(job), images=(picture,)) for picture in pictures]
+    draw_many(editor, requests[:WARMUPS])
+    forget(model)
+    began = now_s(model)
+    draw_many(editor, requests)
+    seconds = now_s(model) - began
+    return {"in_a_row_ms": round(1e3 * seconds / images, 2), "images_per_s": round(images / seconds, 3)}
+
+
+def now_s(model: Model) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+def with_differences(row: Figures, baseline: Figures) -> Figures:
+    """The row, and how much more than the baseline it takes of all that both have: ms, and GiB of the card."""
+    more: Figures = {name: round(row[name] - baseline[name], 2) for name in COLUMNS if name in row and name in baseline}
+    if "stages_ms" in row and "stages_ms" in baseline:
+        more["stages_ms"] = {stage: round(row["stages_ms"][stage] - baseline["stages_ms"][stage], 2) for stage in STAGES}
+    return {**row, "more_than_baseline": more}
+
+
+def measure_groups(groups: Sequence[Group], job: Job, truth: Truth, images: int) -> Iterator[tuple[Switch, Figures]]:
+    """Each row as it is measured. One that breaks is a row that says so, and so is each of a group that cannot be opened."""
+    baseline: Figures = {}
+    for group in groups:
+        rows = measure_group(group, job, truth, images)
+        for switch, row in rows:
+            if switch.state == "baseline":
+                baseline = row
+            yield switch, row if switch.state == "baseline" or _has_no_speed(row) else with_differences(row, baseline)
+
+
+def measure_group(group: Group, job: Job, truth: Truth, images: int) -> Iterator[tuple[Switch, Figures]]:
+    opened: list[Model] = []
+    for switch in group.switches:
+        say(f"{told(switch)} ...")
+        try:
+            if not opened:
+                opened.append(group.open())
+            figures = measure_turned(switch, opened[0], job, truth, images)
+        except Exception as error:  # one row, out of memory perhaps, must not lose the others
+            traceback.print_exc()
+            figures = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        release()
+        yield switch, figures
+    opened.clear()
+    release()
+
+
+def measure_turned(switch: Switch, model: Model, job: Job, truth: Truth, images: int) -> Figures:
+    with switch.turn(model) as turned:
+        return measure(switch, turned, job, truth, images)
+
+
+def release() -> None:
+    """What nobody holds any more, graphs and their memory among it, is the card's again."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _has_no_speed(row: Figures) -> bool:
+    return "failed" in row or "refused" in row
+
+
+def told(switch: Switch) -> str:
+    return f"{switch.state}: {switch.name}" if switch.state in ("off", "on") else switch.name
+
+
+def choose(groups: Sequence[Group], only: str | None) -> list[Group]:
+    """The baseline, and those named in `only`, a list with commas; all without it. Raises InputError for a stranger."""
+    if only is None:
+        return list(groups)
+    known = [switch.name for group in groups for switch in group.switches]
+    names = only.split(",")
+    if strangers := [name for name in names if name not in known]:
+        raise InputError(f"There is no switch {', '.join(strangers)} here.", f"Choose among {', '.join(known)}.")
+    chosen = [Group(group.open, tuple(s for s in group.switches if s.state == "baseline" or s.name in names)) for group in groups]
+    return [group for group in chosen if group.switches]
+
+
+def show(rows: Sequence[tuple[Switch, Figures]]) -> None:
+    """A table: what each row takes, and in brackets how much more than the first."""
+    print(f"\n{'':34}{'velocity':>9}" + "".join(f"{title:>{WIDTH}}" for title in COLUMNS.values()))
+    for switch, row in rows:
+        if _has_no_speed(row):
+            print(f"{told(switch):34} no speed: {row.get('refused') or row.get('failed')}")
+            continue
+        cells = [_cell(row, name) for name in COLUMNS]
+        print(f"{told(switch):34}{row['errors']['velocity']:9.4f}{''.join(cells)}")
+    print(f"\n{'ms of a stage':34}" + "".join(f"{stage:>{WIDTH}}" for stage in STAGES))
+    for switch, row in rows:
+        if "stages_ms" in row:
+            more = row.get("more_than_baseline", {}).get("stages_ms", {})
+            cells = [_cell({stage: row["stages_ms"][stage], "more_than_baseline": more}, stage) for stage in STAGES]
+            print(f"{told(switch):34}{''.join(cells)}")
+
+
+def _cell(row: Figures, name: str) -> str:
+    if name not in row:
+        return f"{'-':>{WIDTH}}"
+    more = row.get("more_than_baseline", {}).get(name)
+    return f"{f'{row[name]:.1f}' + ('' if more is None else f' ({more:+.1f})'):>{WIDTH}}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--only", help="names of switches, with commas between; the baseline is measured in any case")
+    parser.add_argument("--images", type=int, default=4, help="edits that the median is taken of, and pictures in a row")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="append a JSON line for each row")
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    if args.size == "true" and device.type != "cuda":
+        raise MachineError("The true size needs a card with 141 GB.", "Use --size tiny.")
+    if min(args.images, args.steps) < 1:
+        raise InputError("Nothing is drawn with no images or no steps.", "Give at least 1 of each.")
+    size = SIZES[args.size]
+    pipeline = make_pipeline(size, device)
+    job = make_job(pipeline, size, args.steps)
+    groups = choose(make_groups(pipeline, size), args.only)
+    truth = make_truth(pipeline, job)
+    say(f"weights made, {size.name} size; job made: {job.img.shape[1]} picture tokens, {job.txt.shape[1]} of text")
+    common = {"benchmark": "switches", "size": args.size, "steps": args.steps, "images": args.images}
+    machine, rows = describe_machine(device), []
+    for switch, row in measure_groups(groups, job, truth, args.images):
+        rows.append((switch, row))
+        line = json.dumps({**common, "switch": switch.name, "state": switch.state, **row, **machine})
+        print(line, flush=True)
+        if args.out is not None:
+            with args.out.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
