@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from millicent.engine.blocks import FastBlock, Half, MakeLinear, Mods, RowLinear, make_block
-from millicent.kernels import Bounds, Kernels, Rows, choose, choose_int8_attention
+from millicent.kernels import Bounds, Kernels, KeysValues, Rows, choose, choose_int8_attention
 from millicent.model.layers import Block, make_rope
 from millicent.model.mmdit import MMDiT
 
@@ -73,8 +73,9 @@ class FastMMDiT:
     """The transformer, ready to draw.
 
     reuse_reference: keys and values of the references are computed at the first step alone. An approximation: the true ones
-    follow the noise, which the references see. attention: "int8" is an approximation, the others are exact. uses_graphs,
-    overlaps_text: capture steps as CUDA graphs, with the text's products beside the pictures'.
+    follow the noise, which the references see. attention: "int8" is an approximation, the others are exact. keeps_codes: what
+    8-bit attention has to know of all tokens is found at the first step alone, and of the references, where they are reused, their
+    codes are kept. uses_graphs, overlaps_text: capture steps as CUDA graphs, with the text's products beside the pictures'.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class FastMMDiT:
         *,
         attention: Attention,
         reuse_reference: bool = False,
+        keeps_codes: bool = True,
         uses_graphs: bool = True,
         overlaps_text: bool = True,
         kernels: Kernels | None = None,
@@ -95,13 +97,15 @@ class FastMMDiT:
         self.edges = mmdit  # what stands before and after the blocks stays as it is
         self.dtype, self.device = mmdit.img_in.weight.dtype, mmdit.img_in.weight.device
         self.kernels = choose(self.device) if kernels is None else kernels
-        self.attend_int8 = choose_int8_attention(self.device)
+        self.int8_attention = choose_int8_attention(self.device)
+        self.keeps_codes = keeps_codes
         self.uses_graphs = uses_graphs and self.device.type == "cuda"
         self.overlaps_text = overlaps_text
         # one for all graphs: torch's streams come round again after 32, and might be another graph's
         self.side = torch.cuda.Stream(self.device, priority=-1) if self.uses_graphs else None
         self._drawings: OrderedDict[tuple[object, ...], Drawing] = OrderedDict()
         self._kept: WeakValueDictionary[tuple[int, int], Tensor] = WeakValueDictionary()
+        self._kept_codes: WeakValueDictionary[tuple[int, int], KeysValues] = WeakValueDictionary()
         self.forget()
         self.blocks: list[FastBlock] = []
         taken, mmdit.transformer_blocks = list(mmdit.transformer_blocks), nn.ModuleList()
@@ -136,6 +140,15 @@ class FastMMDiT:
             kept = self._kept[references, slot] = torch.empty(shape, dtype=self.dtype, device=self.device)
         return kept
 
+    def kept_codes(self, references: int, slot: int) -> KeysValues:
+        """As kept_rows, for 8-bit attention: half of that memory, and 1.5 MB where `references` is 0."""
+        kept = self._kept_codes.get((references, slot))
+        if kept is None:
+            config = self.config
+            shape = config.num_layers, references, config.num_attention_heads, config.attention_head_dim
+            kept = self._kept_codes[references, slot] = self.int8_attention.make_kept(*shape, self.device)
+        return kept
+
     def forget(self) -> None:
         """Let go of every shape's buffers and graphs: the memory is needed, or a step has failed half-way."""
         self._drawings.clear()
@@ -164,7 +177,11 @@ class Drawing:
         self.latents = empty(self.target, config.in_channels)
         self.reference_rows, self.txt_rows = empty(self.references, config.dim), empty(txt_tokens, config.dim)
         self.mods, self.final = empty(config.num_layers, 3, 6, config.dim), empty(2, config.dim)
-        self.kept = network.kept_rows(self.references, slot) if network.reuse_reference and self.references else None
+        reused = self.references if network.reuse_reference else 0
+        keeps_codes = network.attention == "int8" and network.keeps_codes
+        self.kept_codes = network.kept_codes(reused, slot) if keeps_codes else None
+        self.kept = network.kept_rows(reused, slot) if reused and not keeps_codes else None
+        self.later_skips = reused  # so many tokens of the references a later step has not to go through
         self.holds_kept = False
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
@@ -191,7 +208,7 @@ class Drawing:
             velocity = drawn.clone()
         else:
             velocity = self._forward(reuses, side=None)
-        self.holds_kept = self.kept is not None
+        self.holds_kept = self.kept is not None or self.kept_codes is not None
         return velocity[None]
 
     def _capture(self, reuses: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -210,7 +227,7 @@ class Drawing:
         The two meet where tokens attend to one another: there the current stream waits for the side. The side waits for it where
         a block begins and after attention, so that what it reads has been written, and what it writes nobody reads any more.
         """
-        network, kept = self.network, self.references if reuses else 0
+        network, kept = self.network, self.later_skips if reuses else 0
         x = torch.cat([self.reference_rows[kept:], network.edges.img_in(self.latents)])
         img = Part(x, (self.references - kept, len(x)))
         txt = Part(self.txt_rows.clone(), (0, 0))
@@ -219,7 +236,7 @@ class Drawing:
             for number, block in enumerate(network.blocks[:-1]):
                 joint = self._project(number, img, txt, kept, side)
                 # until here the side may have read the last block's: memory that is let go goes to the next who asks
-                attended = self._attend(number, joint, slice(kept, len(joint)), reuses)
+                attended = self._attend(number, joint, slice(kept, kept + len(img.x) + len(txt.x)), reuses)
                 _fork(side)
                 with torch.cuda.stream(side):
                     self._finish_block(number, block.txt, txt, attended[len(img.x) :])
@@ -228,8 +245,12 @@ class Drawing:
         return self._draw(joint, img.x[len(img.x) - self.target :], reuses)
 
     def _project(self, number: int, img: Part, txt: Part, kept: int, side: torch.cuda.Stream | None) -> Tensor:
-        """Queries, keys and values of a block (S, 3, H, d), raw. Its first `kept` rows have keys and values of an earlier step."""
+        """Queries, keys and values of a block (S, 3, H, d), raw.
+
+        Its first `kept` rows have keys and values of an earlier step; where their codes were kept, it begins after them.
+        """
         block = self.network.blocks[number]
+        kept = 0 if self.kept is None else kept
         shape = (kept + len(img.x) + len(txt.x), block.img.qkv.out_features)
         joint = torch.empty(shape, dtype=self.network.dtype, device=self.network.device)
         first_txt = kept + len(img.x)
@@ -238,8 +259,7 @@ class Drawing:
                 self._project_part(number, block.txt, txt, joint[first_txt:])
             self._project_part(number, block.img, img, joint[kept:first_txt])
         joint = joint.unflatten(1, self.heads)
-        if kept:
-            assert self.kept is not None
+        if self.kept is not None and kept:
             _copy_rows(joint[:kept, 1:], self.kept[number])
         return joint
 
@@ -257,17 +277,27 @@ class Drawing:
         linear.matmul(*rows, out)
 
     def _attend(self, number: int, joint: Tensor, queries: slice, reuses: bool) -> Tensor:
-        """Attention of the rows `queries` of joint (S, 3, H, d) over all, (Q, H d). Norms and turns what is raw."""
-        network, qk_norms, kept = self.network, self.network.blocks[number].qk_norms, self.references if reuses else 0
+        """Attention of the tokens `queries` of joint (S, 3, H, d) over all, (Q, H d). Norms and turns what is raw."""
+        network, qk_norms, kept = self.network, self.network.blocks[number].qk_norms, self.later_skips if reuses else 0
+        if self.kept_codes is not None and reuses:
+            rows = slice(queries.start - kept, queries.stop - kept)
+            out, codes = self._make_room(joint, queries), self.kept_codes.layer(number)
+            later = self.cos[kept:], self.sin[kept:], self.img_tokens - kept, rows
+            return network.int8_attention.attend_kept_int8(joint, qk_norms, *later, out, codes)
         if network.attention == "int8":
-            out = torch.empty((queries.stop - queries.start, self.heads[1] * self.heads[2]), dtype=joint.dtype, device=joint.device)
-            attended = network.attend_int8(joint, qk_norms, self.cos, self.sin, self.img_tokens, kept, queries, out)
+            layer = None if self.kept_codes is None else self.kept_codes.layer(number)
+            out, place = self._make_room(joint, queries), (self.cos, self.sin, self.img_tokens, kept, queries)
+            attended = network.int8_attention.attend_normed_int8(joint, qk_norms, *place, out, kept=layer)
         else:
             network.kernels.qk_norm_rope(joint[kept:], qk_norms, self.cos[kept:], self.sin[kept:], self.img_tokens - kept)
             attended = attend(joint[queries, 0], joint[:, 1], joint[:, 2], network.attention)
         if self.kept is not None and not reuses:
             _copy_rows(self.kept[number], joint[: self.references, 1:])
         return attended
+
+    def _make_room(self, joint: Tensor, queries: slice) -> Tensor:
+        """For what attention gives: (Q, H d)."""
+        return torch.empty((queries.stop - queries.start, self.heads[1] * self.heads[2]), dtype=joint.dtype, device=joint.device)
 
     def _finish_block(self, number: int, half: Half, part: Part, attended: Tensor) -> None:
         """What comes after attention. What the MLP adds becomes the part's update."""

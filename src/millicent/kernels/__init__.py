@@ -7,6 +7,7 @@ chooses once, by device, and what was chosen fails loudly where it cannot run: n
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Literal, NamedTuple, Protocol, cast
 
@@ -46,12 +47,40 @@ class Kernels(Protocol):
     def gelu_rows(self, x: Tensor, code: Code, group: int = 1) -> Rows: ...
 
 
-class AttendNormed(Protocol):
-    """8-bit attention; attention_reference.attend_normed_int8 says what it does."""
+@dataclass(frozen=True)
+class KeysValues:
+    """Keys and values of one layer's `tokens` as 8-bit attention takes them, and what the codes of others are to share.
 
-    def __call__(
-        self, qkv: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, img_rows: int, first_row: int, queries: slice, out: Tensor
+    k_mean (H, D) FP32: what keys are coded without. v_scale (H, D) FP32: what stands for 1 in the codes of values. How k, k_scale
+    and v are laid out is each side's own. Those of several layers, with an axis before, are apart by `layer`.
+    """
+
+    tokens: int
+    k_mean: Tensor
+    k: Tensor
+    k_scale: Tensor
+    v: Tensor
+    v_scale: Tensor
+
+    def layer(self, number: int) -> KeysValues:
+        """What is of this layer: views."""
+        tensors = [getattr(self, field.name)[number] for field in fields(self)[1:]]
+        return KeysValues(self.tokens, *tensors)
+
+
+class Int8Attention(Protocol):
+    """8-bit attention as both sides have it; attention_reference.py says what each does."""
+
+    def attend_normed_int8(
+        self, qkv: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, img_rows: int, first_row: int, queries: slice, out: Tensor,
+        *, kept: KeysValues | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+    def attend_kept_int8(
+        self, qkv: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, img_rows: int, queries: slice, out: Tensor, kept: KeysValues
     ) -> Tensor: ...
+
+    def make_kept(self, layers: int, tokens: int, heads: int, width: int, device: torch.device) -> KeysValues: ...
 
 
 def choose(device: torch.device) -> Kernels:
@@ -59,9 +88,9 @@ def choose(device: torch.device) -> Kernels:
     return cast("Kernels", _choose(device, "elementwise", "reference"))
 
 
-def choose_int8_attention(device: torch.device) -> AttendNormed:
+def choose_int8_attention(device: torch.device) -> Int8Attention:
     """As choose, of 8-bit attention."""
-    return cast("AttendNormed", _choose(device, "attention", "attention_reference").attend_normed_int8)
+    return cast("Int8Attention", _choose(device, "attention", "attention_reference"))
 
 
 def _choose(device: torch.device, fast: str, reference: str) -> ModuleType:

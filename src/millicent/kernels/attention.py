@@ -21,7 +21,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from millicent.errors import MachineError
-from millicent.kernels.attention_codes import NormRope, QuantizedKeysValues, Survey, quantize_keys_values, survey
+from millicent.kernels import KeysValues
+from millicent.kernels.attention_codes import NormRope, Queries, make_codes, quantize_keys_values, survey
+from millicent.kernels.attention_kept import code
+from millicent.kernels.attention_reference import VALUE_HEADROOM
 
 MAGIC_BITS = tl.constexpr(0x4B400000)
 MAGIC = tl.constexpr(12582912.0)
@@ -121,27 +124,16 @@ def _attend(  # type: ignore[no-untyped-def]
     return acc, total, largest
 
 
-# one key alone would become a compile-time 1, of which the compiler makes NaN
-@triton.jit(do_not_specialize=["q_tokens", "k_tokens"])
-def _attention_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k, v, q_scale_ptr, k_scale_ptr, v_scale_ptr, out_ptr, v_stride, v_head_stride, out_stride,
-    q_tokens, k_tokens, q_padded, k_padded,
+@triton.jit
+def _attend_all(  # type: ignore[no-untyped-def]
+    q, q_scale, k, v, k_scale_ptr, v_stride, v_head_stride, head, k_tokens, k_padded, acc, total, running_max,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, EXACT_SUM: tl.constexpr,
 ):  # fmt: skip
-    """The output of M queries of one head."""
-    block, head = tl.program_id(0), tl.program_id(1)
-    row = block * M + tl.arange(0, M)
-    channel = tl.arange(0, D)
-    q_row = head.to(tl.int64) * q_padded + row
-    q = tl.load(q_ptr + q_row[:, None] * D + channel[None, :])
-    q_scale = tl.load(q_scale_ptr + q_row)
+    """The online softmax over all keys of one head; the new accumulator, sum and maximum (in log2)."""
     k_scale_ptr += head * (k_padded // N)
     if not TMA:
         k += head.to(tl.int64) * k_padded * D
         v += head.to(tl.int64) * (k_padded * D if FP8 else v_head_stride)
-    acc = tl.zeros([M, D], tl.float32)
-    total = tl.zeros([M], tl.float32)
-    running_max = tl.full([M], float("-inf"), tl.float32)
     full_tiles = k_tokens // N
     for tile in range(full_tiles):
         acc, total, running_max = _attend(
@@ -153,6 +145,36 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
             q, q_scale, k, v, k_scale_ptr, v_stride, head, full_tiles, k_tokens, k_padded, acc, total, running_max,
             D, M, N, FP8, TMA, EXACT_SUM, True,
         )  # fmt: skip
+    return acc, total, running_max
+
+
+# one key alone would become a compile-time 1, of which the compiler makes NaN
+@triton.jit(do_not_specialize=["q_tokens", "k_tokens", "kept_tokens"])
+def _attention_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k, v, q_scale_ptr, k_scale_ptr, v_scale_ptr, kept_k, kept_v, kept_k_scale_ptr, out_ptr, v_stride, v_head_stride,
+    kept_v_stride, kept_v_head_stride, out_stride, q_tokens, k_tokens, q_padded, k_padded, kept_tokens, kept_padded,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, EXACT_SUM: tl.constexpr,
+    KEPT: tl.constexpr,
+):  # fmt: skip
+    """The output of M queries of one head."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    row = block * M + tl.arange(0, M)
+    channel = tl.arange(0, D)
+    q_row = head.to(tl.int64) * q_padded + row
+    q = tl.load(q_ptr + q_row[:, None] * D + channel[None, :])
+    q_scale = tl.load(q_scale_ptr + q_row)
+    acc = tl.zeros([M, D], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    running_max = tl.full([M], float("-inf"), tl.float32)
+    if KEPT:
+        acc, total, running_max = _attend_all(
+            q, q_scale, kept_k, kept_v, kept_k_scale_ptr, kept_v_stride, kept_v_head_stride, head, kept_tokens, kept_padded,
+            acc, total, running_max, D, M, N, FP8, TMA, EXACT_SUM,
+        )  # fmt: skip
+    acc, total, running_max = _attend_all(
+        q, q_scale, k, v, k_scale_ptr, v_stride, v_head_stride, head, k_tokens, k_padded,
+        acc, total, running_max, D, M, N, FP8, TMA, EXACT_SUM,
+    )  # fmt: skip
     result = acc * (1.0 / total)[:, None]
     if FP8:
         result *= tl.load(v_scale_ptr + head * D + channel)[None, :]
@@ -178,14 +200,63 @@ def attention_int8(q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: Attenti
 
 def attend_normed_int8(
     qkv: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, img_rows: int, first_row: int, queries: slice, out: Tensor,
-    config: AttentionConfig | None = None,
+    config: AttentionConfig | None = None, *, kept: KeysValues | None = None,
 ) -> Tensor:  # fmt: skip
     """`reference.qk_norm_rope` of the rows from `first_row` on, then attention_int8 of the rows `queries` over all S rows.
 
     qkv (S, 3, H, D) BF16: the rows before `first_row` hold normed and turned q and k already. Afterwards its k are all normed
     and turned; its q stay as they came. weights (2, 2, D), cos and sin (S, D/2) FP32, and img_rows, how many of the S are
     pictures', as in reference.qk_norm_rope. out (Q, H * D) BF16 is written and returned. D and `config` as in attention_int8.
+    kept: is given what attend_kept_int8 is to find, the codes of its first rows among them.
     """
+    config = config or _config_of(qkv.device)
+    norm_rope = _check_layer(qkv, weights, cos, sin, img_rows, queries, first_row)
+    q, k, v = qkv.unbind(1)
+    columns, fp8, tokens = config.columns, config.fp8_values, queries.stop - queries.start
+    made = survey(q, k, v, queries, fp8, norm_rope)
+    if kept is None:
+        return attend(made, quantize_keys_values(k, v, made, columns, fp8), tokens, len(k), out, config)
+    rest = slice(kept.tokens, None)
+    if kept.tokens:
+        quantize_keys_values(k[: kept.tokens], v[: kept.tokens], made, columns, fp8, VALUE_HEADROOM, kept)
+        if not fp8:
+            kept.v.copy_(v[: kept.tokens])
+    codes = make_codes(v[rest], columns, fp8, kept)
+    quantize_keys_values(k[rest], v[rest], made, columns, fp8, VALUE_HEADROOM, codes)
+    return attend(made, codes, tokens, codes.tokens, out, config, kept)
+
+
+def attend_kept_int8(
+    qkv: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, img_rows: int, queries: slice, out: Tensor, kept: KeysValues,
+    config: AttentionConfig | None = None,
+) -> Tensor:  # fmt: skip
+    """attend_normed_int8 at a later step, of all rows of qkv (S, 3, H, D), which are left as they came, and of those `kept`.
+
+    The mean key and the values' scales are those of the step that gave them to `kept`; img_rows, cos and sin (S, D/2) are of
+    qkv's rows alone. What goes beyond the scales' headroom saturates.
+    """
+    config = config or _config_of(qkv.device)
+    norm_rope = _check_layer(qkv, weights, cos, sin, img_rows, queries, 0)
+    q, k, v = qkv.unbind(1)
+    made, codes = code(q, k, v, queries, config.columns, config.fp8_values, norm_rope, kept)
+    return attend(made, codes, queries.stop - queries.start, len(qkv), out, config, kept)
+
+
+def make_kept(
+    layers: int, tokens: int, heads: int, width: int, device: torch.device, config: AttentionConfig | None = None
+) -> KeysValues:  # fmt: skip
+    """Room for what attend_normed_int8 keeps of each layer; `tokens` are the references', or 0 where they are not kept."""
+    config = config or _config_of(device)
+    # values that get no codes are kept as they came, and not in the buffer that they came in
+    like = torch.empty(1, dtype=torch.bfloat16, device=device).expand(tokens, heads, width)
+    one = make_codes(like, config.columns, config.fp8_values)
+    tensors = (one.k_mean, one.k, one.k_scale, one.v, one.v_scale)
+    return KeysValues(tokens, *(torch.empty(layers, *x.shape, dtype=x.dtype, device=device) for x in tensors))
+
+
+def _check_layer(
+    qkv: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, img_rows: int, queries: slice, first_row: int
+) -> NormRope:  # fmt: skip
     tokens, _, heads, width = qkv.shape
     assert qkv.dtype == torch.bfloat16
     assert qkv.stride()[1:] == (heads * width, width, 1)
@@ -193,34 +264,43 @@ def attend_normed_int8(
     assert cos.shape == sin.shape == (tokens, width // 2)
     assert all(tensor.is_contiguous() for tensor in (weights, cos, sin))
     assert 0 <= queries.start < queries.stop <= tokens
-    config = config or _config_of(qkv.device)
-    q, k, v = qkv.unbind(1)
-    made = survey(q, k, v, queries, config.fp8_values, NormRope(weights, cos, sin, img_rows, first_row))
-    codes = quantize_keys_values(k, v, made, config.columns, config.fp8_values)
-    return attend(made, codes, queries.stop - queries.start, tokens, out, config)
+    return NormRope(weights, cos, sin, img_rows, first_row)
 
 
 def _config_of(device: torch.device) -> AttentionConfig:
     return choose_config(torch.cuda.get_device_capability(device))
 
 
-def attend(made: Survey, codes: QuantizedKeysValues, q_tokens: int, k_tokens: int, out: Tensor, config: AttentionConfig) -> Tensor:
-    """The attention of quantized queries, keys and values (attention_codes.py), written to `out` (Q, H * D) BF16."""
+def attend(
+    made: Queries, codes: KeysValues, q_tokens: int, k_tokens: int, out: Tensor, config: AttentionConfig,
+    kept: KeysValues | None = None,
+) -> Tensor:  # fmt: skip
+    """The attention of quantized queries, keys and values (attention_codes.py), written to `out` (Q, H * D) BF16.
+
+    kept: more keys and values, before the others, coded with the same k_mean and v_scale.
+    """
     heads, q_padded, width = made.q.shape
-    k_padded = codes.k.shape[1]
     assert width in (32, 64, 128)
     assert out.shape == (q_tokens, heads * width)
     assert out.stride(1) == 1
     assert out.dtype == torch.bfloat16
-    keys: Tensor | TensorDescriptor = codes.k
-    values: Tensor | TensorDescriptor = codes.v
-    if config.tma:
-        keys = TensorDescriptor.from_tensor(codes.k.view(-1, width), [config.columns, width])
-        values = TensorDescriptor.from_tensor(codes.v.view(-1, k_padded), [width, config.columns])
-    v_strides = (0, 0) if config.fp8_values else (codes.v.stride(0), codes.v.stride(1))
+    keys, values, *v_strides = _operands(codes, config)
+    has_kept = kept is not None and kept.tokens > 0
+    kept = kept if kept is not None and has_kept else codes
+    kept_keys, kept_values, *kept_strides = _operands(kept, config) if has_kept else (None, None, 0, 0)
     _attention_kernel[(triton.cdiv(q_tokens, config.rows), heads)](
-        made.q, keys, values, made.q_scale, codes.k_scale, codes.v_scale, out, *v_strides, out.stride(0), q_tokens, k_tokens,
-        q_padded, k_padded, D=width, M=config.rows, N=config.columns, FP8=config.fp8_values, TMA=config.tma,
-        EXACT_SUM=config.exact_sum, num_warps=config.warps, num_stages=config.stages,
+        made.q, keys, values, made.q_scale, codes.k_scale, codes.v_scale, kept_keys, kept_values, kept.k_scale, out,
+        *v_strides, *kept_strides, out.stride(0), q_tokens, k_tokens, q_padded, codes.k.shape[1], kept.tokens, kept.k.shape[1],
+        D=width, M=config.rows, N=config.columns, FP8=config.fp8_values, TMA=config.tma,
+        EXACT_SUM=config.exact_sum, KEPT=has_kept, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
+
+
+def _operands(codes: KeysValues, config: AttentionConfig) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor, int, int]:
+    """Keys, values, and the strides of a token and a head of values that have no codes."""
+    _, padded, width = codes.k.shape
+    if config.tma:
+        keys = TensorDescriptor.from_tensor(codes.k.view(-1, width), [config.columns, width])
+        return keys, TensorDescriptor.from_tensor(codes.v.view(-1, padded), [width, config.columns]), 0, 0
+    return codes.k, codes.v, *((0, 0) if config.fp8_values else (codes.v.stride(0), codes.v.stride(1)))

@@ -3,19 +3,29 @@
 The method is SageAttention2's (Zhang et al. 2024, arXiv 2411.10958): keys lose their mean over the tokens, which softmax
 does not see but which holds most of their outliers; queries and keys become INT8; the probabilities, in [0, 1], and the
 values become FP8 E4M3. Queries have one scale a token, keys one a block of tokens, values one a channel.
+
+From an edit's second step on, the mean key and the values' scales are those of its first, so that nothing has to be known of all
+tokens before one is coded. Softmax sees no vector that all keys lose, whichever it is; the mean belongs to the weights and the
+prompt more than to the noise, and so takes most of the outliers still. E4M3 is as precise far below its largest number as near
+it, so that the scales can leave room for values that grow; what grows beyond it saturates.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from millicent.kernels import KeysValues
 from millicent.kernels.reference import qk_norm_rope
 
 INT8_MAX = 127.0
 E4M3_MAX = 448.0
 SMALLEST_AMAX = 1e-12
 """Stands in for the largest magnitude of a row of zeros, so that no scale is zero."""
+VALUE_HEADROOM = 4.0
+"""How far the values of later steps may grow beyond the first step's largest. It costs two of some 17 powers of 2."""
+KEY_BLOCK = 128
 
 
 def quantize_queries(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,64 +36,127 @@ def quantize_queries(q: Tensor) -> tuple[Tensor, Tensor]:
     return codes, amax * (math.log2(math.e) / (math.sqrt(q.shape[-1]) * INT8_MAX))
 
 
-def quantize_keys(k: Tensor, block_tokens: int) -> tuple[Tensor, Tensor]:
-    """INT8 codes (S, H, D) of `k` (S, H, D) less its mean over the tokens, and scales (ceil(S / block_tokens), H)."""
+def quantize_keys(k: Tensor, block_tokens: int, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """INT8 codes (S, H, D) of `k` (S, H, D) less `mean` (H, D), and scales (ceil(S / block_tokens), H).
+
+    mean: by default k's own over the tokens.
+    """
     values = k.float()
-    values = values - values.mean(dim=0)
+    values = values - (values.mean(dim=0) if mean is None else mean)
     blocks = values.split(block_tokens)
     amax = torch.stack([block.abs().amax(dim=(0, 2)) for block in blocks]).clamp_min(SMALLEST_AMAX)
     codes = [torch.round(block * (INT8_MAX / row)[None, :, None]) for block, row in zip(blocks, amax, strict=True)]
     return torch.cat(codes).to(torch.int8), amax / INT8_MAX
 
 
-def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
-    """E4M3 codes (S, H, D) of `v` (S, H, D), and scales (H, D) in float32."""
-    values = v.float()
-    amax = values.abs().amax(dim=0).clamp_min(SMALLEST_AMAX)
-    return (values * (E4M3_MAX / amax)).to(torch.float8_e4m3fn), amax / E4M3_MAX
+def scale_values(v: Tensor, headroom: float = 1.0) -> Tensor:
+    """What stands for 1 in the codes of each channel (H, D) of `v` (S, H, D), so that they reach `headroom` times as far as v."""
+    return v.float().abs().amax(dim=0).clamp_min(SMALLEST_AMAX) * (headroom / E4M3_MAX)
 
 
-def attention_int8(q: Tensor, k: Tensor, v: Tensor, block_tokens: int = 128, fp8_values: bool = True) -> Tensor:
+def quantize_values(v: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """E4M3 codes (S, H, D) of `v` (S, H, D), and their scales (H, D) in float32, by default v's own. What is beyond saturates."""
+    scale = scale_values(v) if scale is None else scale
+    return (v.float() * (1.0 / scale)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+def attention_int8(q: Tensor, k: Tensor, v: Tensor, block_tokens: int = KEY_BLOCK, fp8_values: bool = True) -> Tensor:
     """softmax(q k^T / sqrt(D)) v without a mask, in 8 bits: BF16 (Q, H * D) from q (Q, H, D), k and v (S, H, D).
 
     `block_tokens` keys share a scale and are one step of the online softmax. Without `fp8_values` the probabilities and
     the values stay BF16, as on cards that have no FP8.
     """
-    q_codes, q_scale = quantize_queries(q)
-    k_codes, k_scale = quantize_keys(k, block_tokens)
+    return attend(q, [code(k, v, k.float().mean(dim=0), scale_values(v), block_tokens, fp8_values)], block_tokens)
+
+
+def code(k: Tensor, v: Tensor, k_mean: Tensor, v_scale: Tensor, block_tokens: int, fp8_values: bool) -> KeysValues:
+    """Codes of k and v (S, H, D): k and v laid out as these, k_scale (blocks, H). Values without `fp8_values` are v itself."""
+    k_codes, k_scale = quantize_keys(k, block_tokens, k_mean)
     # a card without FP8 multiplies BF16 probabilities, which need no scale
-    v_codes, v_scale = quantize_values(v) if fp8_values else (v, torch.ones(v.shape[1:], device=v.device))
-    peak = E4M3_MAX if fp8_values else 1.0
+    v_codes, v_scale = quantize_values(v, v_scale) if fp8_values else (v, torch.ones_like(v_scale))
+    return KeysValues(len(k), k_mean, k_codes, k_scale, v_codes, v_scale)
+
+
+def attend(q: Tensor, parts: list[KeysValues], block_tokens: int) -> Tensor:
+    """Attention of q (Q, H, D) over the keys of all parts, which share their values' scales: BF16 (Q, H * D)."""
+    q_codes, q_scale = quantize_queries(q)
     tokens, heads, width = q.shape
     running_max = torch.full((heads, tokens), -math.inf, device=q.device)
     total = torch.zeros(heads, tokens, device=q.device)
     weighted = torch.zeros(heads, tokens, width, device=q.device)
-    for block, (keys, values) in enumerate(zip(k_codes.split(block_tokens), v_codes.split(block_tokens), strict=True)):
+    for k_scale, keys, values in _blocks(parts, block_tokens):
         # float32 holds these integers exactly: 128 * 127 * 127 is below 2**24
         scores = torch.einsum("qhd,shd->hqs", q_codes.float(), keys.float())
-        scores = scores * (q_scale.T[:, :, None] * k_scale[block][:, None, None])
+        scores = scores * (q_scale.T[:, :, None] * k_scale[:, None, None])
         largest = torch.maximum(running_max, scores.amax(dim=-1))
         shrink = torch.exp2(running_max - largest)
+        peak = E4M3_MAX if values.dtype == torch.float8_e4m3fn else 1.0
         p = torch.exp2(scores - largest[:, :, None] + math.log2(peak)).clamp_max(peak)
-        rounded = p.to(v_codes.dtype).float()
+        rounded = p.to(values.dtype).float()
         total = total * shrink + p.sum(dim=-1)
         weighted = weighted * shrink[:, :, None] + torch.einsum("hqs,shd->hqd", rounded, values.float())
         running_max = largest
-    result = weighted / total[:, :, None] * v_scale[:, None, :]
+    result = weighted / total[:, :, None] * parts[0].v_scale[:, None, :]
     return result.permute(1, 0, 2).reshape(tokens, heads * width).to(torch.bfloat16)
+
+
+def _blocks(parts: list[KeysValues], block_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Scale (H,), keys and values (tokens, H, D) of each block; every part begins one."""
+    for part in parts:
+        yield from zip(part.k_scale, part.k.split(block_tokens), part.v.split(block_tokens), strict=True)
 
 
 def attend_normed_int8(
     qkv: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, img_rows: int, first_row: int, queries: slice, out: Tensor,
-    block_tokens: int = 128, fp8_values: bool = True,
+    block_tokens: int = KEY_BLOCK, fp8_values: bool = True, *, kept: KeysValues | None = None,
 ) -> Tensor:  # fmt: skip
     """qk_norm_rope of the rows from `first_row` on, then attention_int8 of the rows `queries` over all S rows.
 
     qkv (S, 3, H, D): the rows before `first_row` hold normed and turned q and k already. Afterwards its k are all normed and
     turned; its q stay as they came. weights (2, 2, D), cos and sin (S, D/2) FP32, and img_rows, how many of the S are
-    pictures', as in reference.qk_norm_rope. out (Q, H * D) BF16 is written and returned.
+    pictures', as in reference.qk_norm_rope. out (Q, H * D) BF16 is written and returned. kept: is given what attend_kept_int8 is
+    to find, the codes of its first rows among them.
     """
     made = qkv.clone()
     qk_norm_rope(made[first_row:], weights, cos[first_row:], sin[first_row:], max(img_rows - first_row, 0))
     qkv[:, 1] = made[:, 1]
-    return out.copy_(attention_int8(made[queries, 0], made[:, 1], made[:, 2], block_tokens, fp8_values))
+    q, k, v = made.unbind(1)
+    if kept is None:
+        return out.copy_(attention_int8(q[queries], k, v, block_tokens, fp8_values))
+    statistics = k.float().mean(dim=0), scale_values(v, VALUE_HEADROOM)
+    parts = [code(x, y, *statistics, block_tokens, fp8_values) for x, y in _split(k, v, kept.tokens)]
+    for name in ("k_mean", "k", "k_scale", "v", "v_scale") if kept.tokens else ("k_mean", "v_scale"):
+        getattr(kept, name).copy_(getattr(parts[0], name))
+    return out.copy_(attend(q[queries], parts, block_tokens))
+
+
+def _split(k: Tensor, v: Tensor, first: int) -> list[tuple[Tensor, Tensor]]:
+    """The `first` tokens, if any, and the others."""
+    return [(x, y) for x, y in ((k[:first], v[:first]), (k[first:], v[first:])) if len(x)]
+
+
+def attend_kept_int8(
+    qkv: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, img_rows: int, queries: slice, out: Tensor, kept: KeysValues,
+    block_tokens: int = KEY_BLOCK, fp8_values: bool = True,
+) -> Tensor:  # fmt: skip
+    """attend_normed_int8 at a later step, of all rows of qkv (S, 3, H, D), which are left as they came, and of those `kept`.
+
+    The mean key and the values' scales are those of the step that gave them to `kept`; img_rows, cos and sin (S, D/2) are of
+    qkv's rows alone. What goes beyond the scales' headroom saturates.
+    """
+    made = qkv.clone()
+    qk_norm_rope(made, weights, cos, sin, img_rows)
+    q, k, v = made.unbind(1)
+    new = code(k, v, kept.k_mean, kept.v_scale, block_tokens, fp8_values)
+    return out.copy_(attend(q[queries], [kept, new] if kept.tokens else [new], block_tokens))
+
+
+def make_kept(
+    layers: int, tokens: int, heads: int, width: int, device: torch.device, block_tokens: int = KEY_BLOCK, fp8_values: bool = True
+) -> KeysValues:  # fmt: skip
+    """Room for what attend_normed_int8 keeps of each layer; `tokens` are the references', or 0 where they are not kept."""
+    k = torch.empty(layers, tokens, heads, width, dtype=torch.int8, device=device)
+    v = torch.empty_like(k, dtype=torch.float8_e4m3fn if fp8_values else torch.bfloat16)
+    k_scale = torch.empty(layers, -(-tokens // block_tokens), heads, device=device)
+    k_mean, v_scale = torch.empty(2, layers, heads, width, device=device)
+    return KeysValues(tokens, k_mean, k, k_scale, v, v_scale)

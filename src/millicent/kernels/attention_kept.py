@@ -1,0 +1,140 @@
+"""The codes of an edit's later steps, in Triton: one launch between the projection of q, k and v and attention.
+
+What the two of `attention_codes.py` need all tokens for, the mean key and each channel's largest value, is that of the first
+step (`attention_reference.py` says why it serves). So nothing has to be known of other tokens, and each is read once: a program
+norms, turns and codes one block of keys of one head and the same tokens' queries, or codes a block of values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from millicent.kernels import KeysValues
+from millicent.kernels.attention_codes import (
+    PADDING_TOKENS,
+    QUERY_SCALE,
+    SMALLEST_AMAX,
+    NormRope,
+    Queries,
+    load_tile,
+    make_codes,
+    norm_and_turn,
+    round_to_int8,
+    store_queries,
+)
+from millicent.kernels.reference import NORM_EPS
+
+PARTS = 4
+"""Of a block of tokens; more are more waiting for one another, fewer need more registers."""
+WARP_TOKENS = 16
+PART_CHANNELS = 64
+MOST_REGISTERS = 128
+"""A thread's: 16 warps on a multiprocessor. Left to itself the compiler takes more, and more are waited for."""
+
+
+@triton.jit
+def _code_queries_keys(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, weights_ptr, cos_ptr, sin_ptr, mean, q_codes_ptr, q_scale_ptr, k_codes_ptr, k_scale_ptr, q_stride, k_stride,
+    start, tokens, q_first, q_last, img, factor,
+    EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, PERMUTE: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of a block of keys less `mean` (D,), and of the queries among its tokens. Pointers are of one head."""
+    # normed and turned, until the block's largest is known: as BF16, for half of FP32's registers. Only behind a line of assembly
+    # does the compiler not hold what it has computed from them instead; the largest of a part, not of all parts at the end, keeps
+    # it from putting the norm off till then
+    keys = ()
+    amax = SMALLEST_AMAX
+    for part in tl.static_range(0, BLOCK, PART):
+        token = (start + part + tl.arange(0, PART)).to(tl.int64)
+        inside, asked = token < tokens, (token >= q_first) & (token < q_last)
+        k = load_tile(k_ptr, token, k_stride, inside, D)
+        q = load_tile(q_ptr, token, q_stride, asked, D)
+        pair = (token * (D // 2))[:, None] + tl.arange(0, D // 2)[None, :]
+        c = tl.load(cos_ptr + pair, inside[:, None], 0.0)
+        s = tl.load(sin_ptr + pair, inside[:, None], 0.0)
+        k = norm_and_turn(k, weights_ptr + D, c, s, token, img, EPS, D, PART)
+        amax = tl.maximum(amax, tl.max(tl.max(tl.where(inside[:, None], tl.abs(k - mean[None, :]), 0.0), 1), 0))
+        keys += (tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [k.to(tl.bfloat16)], tl.bfloat16, False, 2),)  # type: ignore[assignment]
+        q = norm_and_turn(q, weights_ptr, c, s, token, img, EPS, D, PART)
+        store_queries(q, q_codes_ptr, q_scale_ptr, token - q_first, asked, factor, D)
+    tl.store(k_scale_ptr, amax / 127.0)
+    for part in tl.static_range(0, BLOCK, PART):
+        token = (start + part + tl.arange(0, PART)).to(tl.int64)
+        x = tl.where((token < tokens)[:, None], keys[part // PART].to(tl.float32) - mean[None, :], 0.0)
+        if PERMUTE:
+            # as attention_codes._quantize_keys does
+            token = (token // 16) * 16 + (token // 2 % 2) * 8 + (token // 4 % 4) * 2 + token % 2
+        channel = tl.max_contiguous(tl.arange(0, D), 8)
+        tl.store(k_codes_ptr + token[:, None] * D + channel[None, :], round_to_int8(x * (127.0 / amax)))
+
+
+@triton.jit
+def _code_values(  # type: ignore[no-untyped-def]
+    v_ptr, scale_ptr, codes_ptr, stride, token, tokens, padded_tokens, D: tl.constexpr, PART: tl.constexpr
+):
+    """E4M3 codes of a block of one head's values, a row a channel."""
+    for part in tl.static_range(0, D, PART):
+        channel = part + tl.arange(0, PART)
+        scale = tl.load(scale_ptr + channel)
+        x = tl.load(v_ptr + token[:, None] * stride + channel[None, :], (token < tokens)[:, None], 0.0).to(tl.float32)
+        # a card's conversion saturates, and leaves what is no number
+        codes = tl.trans((x * (1.0 / scale)[None, :]).to(tl.float8e4nv))
+        tl.store(codes_ptr + channel.to(tl.int64)[:, None] * padded_tokens + token[None, :], codes)
+
+
+@triton.jit(do_not_specialize=["tokens", "q_first", "q_last", "img"])
+def _code_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, weights_ptr, cos_ptr, sin_ptr, mean_ptr, v_scale_ptr, q_codes_ptr, q_scale_ptr, k_codes_ptr, k_scale_ptr,
+    v_codes_ptr, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, tokens, padded_tokens,
+    q_first, q_last, q_padded, img, factor,
+    EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, CHANNELS: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """One block of tokens of one head: queries and keys or, by the grid's second axis, values."""
+    head, block = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    start = block * BLOCK
+    if tl.program_id(1) == 0:
+        _code_queries_keys(
+            q_ptr + head * q_head_stride, k_ptr + head * k_head_stride, weights_ptr, cos_ptr, sin_ptr,
+            tl.load(mean_ptr + head * D + tl.arange(0, D)), q_codes_ptr + head * q_padded * D, q_scale_ptr + head * q_padded,
+            k_codes_ptr + head * padded_tokens * D, k_scale_ptr + head * (padded_tokens // BLOCK) + block, q_stride, k_stride,
+            start, tokens, q_first, q_last, img, factor, EPS, D, BLOCK, PART, FP8,
+        )  # fmt: skip
+    elif FP8:
+        token = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        _code_values(
+            v_ptr + head * v_head_stride, v_scale_ptr + head * D, v_codes_ptr + head * D * padded_tokens, v_stride, token, tokens,
+            padded_tokens, D, CHANNELS,
+        )  # fmt: skip
+
+
+def code(
+    q: Tensor, k: Tensor, v: Tensor, queries: slice, block_tokens: int, fp8_values: bool, norm_rope: NormRope, kept: KeysValues
+) -> tuple[Queries, KeysValues]:
+    """The codes of q, k and v (S, H, D) BF16, which are left as they came; of q only the rows `queries` are read.
+
+    Keys and values are coded with k_mean and v_scale of `kept`. Queries' rows beyond the last are left as memory was: attention
+    makes rows of them that it does not write.
+    """
+    assert norm_rope.first_row == 0
+    tokens, heads, width = k.shape
+    first, last = queries.start, queries.stop
+    q_padded = triton.cdiv(last - first, PADDING_TOKENS) * PADDING_TOKENS
+    made = Queries(
+        torch.empty(heads, q_padded, width, dtype=torch.int8, device=k.device),
+        torch.empty(heads, q_padded, dtype=torch.float32, device=k.device),
+    )
+    codes = make_codes(v, block_tokens, fp8_values, kept)
+    padded = codes.k.shape[1]
+    _code_kernel[(heads, 2 if fp8_values else 1, padded // block_tokens)](
+        q, k, v, norm_rope.weights, norm_rope.cos, norm_rope.sin, kept.k_mean, kept.v_scale, made.q, made.q_scale, codes.k,
+        codes.k_scale, codes.v, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], tokens, padded, first, last, q_padded,
+        norm_rope.img_rows, QUERY_SCALE / math.sqrt(width),
+        EPS=NORM_EPS, D=width, BLOCK=block_tokens, PART=block_tokens // PARTS, CHANNELS=min(width, PART_CHANNELS), FP8=fp8_values,
+        num_warps=block_tokens // WARP_TOKENS, maxnreg=MOST_REGISTERS,
+    )  # fmt: skip
+    return made, codes
