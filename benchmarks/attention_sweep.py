@@ -1,7 +1,8 @@
 """8-bit attention in every tiling against torch's exact kernels: `python -m benchmarks.attention_sweep`, on a CUDA card.
 
 Each tiling is first held against float64; one that is wrong is reported as such, with no speed, and the exit status is 1.
-Exact attention needs q and k normed and turned first; the 8-bit one does that with its codes.
+Exact attention needs q and k normed and turned first; the 8-bit one does that with its codes. "int8 kept" is a later step of an
+edit: what the first one found of all tokens is there, and so are the codes of the tokens that do not ask.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from millicent.kernels.attention import (
     HOPPER_CONFIGS,
     AttentionConfig,
     attend,
+    attend_kept_int8,
     attend_normed_int8,
+    make_kept,
 )
 from millicent.kernels.attention_codes import NormRope, quantize_keys_values, survey
+from millicent.kernels.attention_kept import code
 
 SIZES = ((8448, 8448), (4352, 8448))
 """Queries and keys: an edit with one reference at 1024x1024, and the same when the reference's queries are not needed."""
@@ -154,6 +158,31 @@ def int8_row(layer: Layer, normed: Tensor, config: AttentionConfig, runs: int) -
     return row
 
 
+def kept_row(layer: Layer, normed: Tensor, config: AttentionConfig, runs: int) -> dict[str, object]:
+    """`ms` is of all, `codes_ms` of the launch before attention. A wrong result has no times."""
+    out = torch.full((layer.q_tokens, HEADS * WIDTH), torch.nan, dtype=torch.bfloat16, device="cuda")
+    row: dict[str, object] = {"kernel": "int8 kept", "config": asdict(config)}
+    first, img = layer.first_row, layer.img_rows - layer.first_row
+    kept = make_kept(1, first, HEADS, WIDTH, out.device, config).layer(0)
+    place = layer.img_rows, first, layer.queries
+    attend_normed_int8(layer.qkv.clone(), layer.weights, layer.cos, layer.sin, *place, out, config, kept=kept)
+    new, cos, sin, queries = layer.qkv[first:], layer.cos[first:], layer.sin[first:], slice(0, layer.q_tokens)
+
+    def run() -> Tensor:
+        return attend_kept_int8(new, layer.weights, cos, sin, img, queries, out, kept, config)
+
+    out.fill_(torch.nan)
+    row["error"] = error = relative_error(run(), normed[layer.queries, 0], normed[:, 1], normed[:, 2])
+    if not error < LARGEST_RELATIVE_ERROR:
+        return row | {"refused": f"relative error of {error:.4f}"}
+    (q, k, v), norm_rope = new.unbind(1), NormRope(layer.weights, cos, sin, img, 0)
+    made, codes = code(q, k, v, queries, config.columns, config.fp8_values, norm_rope, kept)
+    row["ms"] = median_ms(run, runs)
+    row["attend_ms"] = median_ms(lambda: attend(made, codes, layer.q_tokens, len(k), out, config, kept), runs)
+    row["codes_ms"] = median_ms(lambda: code(q, k, v, queries, config.columns, config.fp8_values, norm_rope, kept), runs)
+    return row
+
+
 def configs_of_this_card() -> tuple[AttentionConfig, ...]:
     capability = torch.cuda.get_device_capability()
     if capability[0] == 9:
@@ -167,6 +196,7 @@ def measure(q_tokens: int, k_tokens: int, runs: int) -> Iterator[dict[str, objec
     yield from exact_rows(layer, normed, runs)
     for config in configs_of_this_card():
         yield int8_row(layer, normed, config, runs)
+        yield kept_row(layer, normed, config, runs)
 
 
 def show(row: dict[str, object], q_tokens: int, k_tokens: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -138,6 +140,58 @@ def test_8_bit_attention_is_near_exact_attention(reuse: bool) -> None:
         exact, found = (drawing.step(inputs[0], row) for drawing in drawings)
         # attention's own error is about 0.03, of which a residual stream keeps a part
         assert FP32_ERROR < relative(found, exact) < 0.03
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_codes_kept_cost_a_later_step_little(reuse: bool) -> None:
+    shapes = [(9, 8), (13, 11)]  # 143 tokens of a reference: a block of 128, and a part of one
+    inputs = make_inputs(shapes)
+    settings = Settings(format="bf16", attention="int8", reuse_reference=reuse)
+    # other latents, at the last timestep: as far from the first step as an edit comes
+    later = make_inputs(shapes)[0].flip(1)
+    exact = start(make_network(True), dataclasses.replace(settings, attention="exact"), inputs, shapes)
+    exact.step(inputs[0], 0)
+    wanted = exact.step(later, 3)
+    errors = []
+    for keeps_codes in (False, True):
+        fast = lay_out(make_network(True), make_plan(settings), CPU, torch.float32)
+        fast.network.keeps_codes = keeps_codes
+        mods, _ = fast.modulation.mods(SIGMAS)
+        drawing = fast.network.start(inputs[1], inputs[2], shapes, mods)
+        assert (drawing.kept_codes is not None) == keeps_codes
+        assert (drawing.kept is not None) == (reuse and not keeps_codes)
+        drawing.step(inputs[0], 0)
+        errors.append(relative(drawing.step(later, 3), wanted))
+    assert errors[1] < 1.1 * errors[0] < 0.03
+
+
+def test_a_picture_is_not_drawn_with_codes_of_the_one_before() -> None:
+    shapes = [(4, 6), (3, 5)]
+    first, second = make_inputs(shapes), tuple(10 * x.flip(1) for x in make_inputs(shapes))
+    for reuse in (False, True):
+        settings = Settings(attention="int8", reuse_reference=reuse)
+        fast = lay_out(make_network(True), make_plan(settings), CPU, torch.float32)
+        mods, _ = fast.modulation.mods(SIGMAS)
+        drawn = []
+        for latents, txt, references in (second, first, second):
+            drawing = fast.network.start(txt, references, shapes, mods)
+            drawn.append([drawing.step(latents, row) for row in (0, 1)])
+        assert all(torch.equal(found, again) for found, again in zip(drawn[0], drawn[2], strict=True))
+
+
+def test_prompts_of_two_lengths_share_where_codes_are_kept() -> None:
+    shapes = [(4, 6), (3, 5)]
+    short, long = make_inputs(shapes), make_inputs(shapes, txt_tokens=9)
+    fast = lay_out(make_network(True), make_plan(Settings(attention="int8", reuse_reference=True)), CPU, torch.float32)
+    mods, _ = fast.modulation.mods(SIGMAS)
+    drawings = [fast.network.start(inputs[1], inputs[2], shapes, mods) for inputs in (short, long)]
+    assert drawings[0].kept_codes is drawings[1].kept_codes
+    assert fast.network.start(short[1], short[2], shapes, mods, slot=1).kept_codes is not drawings[0].kept_codes
+    kept = drawings[0].kept_codes
+    assert kept is not None
+    rows = fast.network.kept_rows(15, 0)
+    # of numbers of 4 bytes here, 2 on a card
+    assert kept.k.nbytes + kept.v.nbytes == rows.nbytes / 4
 
 
 def test_the_table_is_what_the_linears_give_bit_for_bit() -> None:

@@ -164,6 +164,23 @@ def test_8_bit_attention_and_reuse(reuse: bool, peer: diffusers.QwenImageTransfo
         assert 34 <= decibels(found, wanted) < 60
 
 
+@pytest.mark.parametrize("reuse", [False, True])
+@torch.inference_mode()
+def test_codes_kept_cost_a_later_step_little(reuse: bool, peer: diffusers.QwenImageTransformer2DModel, inputs: Inputs) -> None:
+    exact, *drawings = (
+        fast(peer, Settings(format="bf16", attention=name, reuse_reference=reuse)) for name in ("exact", "int8", "int8")
+    )
+    drawings[0].network.keeps_codes = False
+    made = []
+    for laid_out in (exact, *drawings):
+        drawing = start(laid_out, inputs)
+        drawing.step(inputs.latents, 0)
+        # other latents, at the last timestep: as far from the first step as an edit comes
+        made.append(drawing.step(inputs.latents.flip(1), 3))
+    # 1 dB for a mean and scales that are another step's
+    assert decibels(made[2], made[0]) >= decibels(made[1], made[0]) - 1
+
+
 @pytest.mark.parametrize("settings", [Settings(), Settings(attention="int8", reuse_reference=True)], ids=["exact", "approximate"])
 @torch.inference_mode()
 def test_graphs_draw_what_their_launches_draw(

@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from millicent.kernels.attention_reference import attention_int8, quantize_keys, quantize_queries, quantize_values
+from millicent.kernels import KeysValues
+from millicent.kernels.attention_reference import (
+    VALUE_HEADROOM,
+    attend_kept_int8,
+    attend_normed_int8,
+    attention_int8,
+    make_kept,
+    quantize_keys,
+    quantize_queries,
+    quantize_values,
+    scale_values,
+)
+from millicent.kernels.reference import qk_norm_rope
 
 
 def sample(q_tokens: int, k_tokens: int, heads: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,3 +90,78 @@ def test_zeros_stay_finite() -> None:
     # every key weighs the same: one E4M3 rounding of v, averaged over 130 tokens
     assert torch.allclose(found, mean.expand_as(found), atol=0.02)
     assert attention_int8(q, k, torch.zeros_like(v)).eq(0).all()
+
+
+def sample_layer(tokens: int, seed: int) -> Tensor:
+    """qkv (tokens, 3, 2, 64), where seeds differ in all but the keys' bias of each channel."""
+    qkv = torch.randn(tokens, 3, 2, 64, generator=torch.Generator().manual_seed(seed))
+    qkv[:, 1] += 4.0 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    return qkv.bfloat16()
+
+
+# norm weights, and no rotation: it would take the bias round, as it does not in the channels that real models rotate least
+PLACE = torch.ones(2, 2, 64), torch.ones(300, 32), torch.zeros(300, 32)
+
+
+def first_step(qkv: Tensor, references: int, fp8_values: bool = True) -> KeysValues:
+    """What a step leaves for later ones."""
+    kept = make_kept(2, references, 2, 64, qkv.device, fp8_values=fp8_values).layer(1)
+    out = torch.empty(300, 128, dtype=torch.bfloat16)
+    attend_normed_int8(qkv.clone(), *PLACE, 280, 0, slice(0, 300), out, fp8_values=fp8_values, kept=kept)
+    return kept
+
+
+def later_step(qkv: Tensor, kept: KeysValues, fp8_values: bool = True) -> Tensor:
+    """(300 - kept tokens, 128) of the later tokens of qkv."""
+    first, (weights, cos, sin) = kept.tokens, PLACE
+    new, out = qkv[first:].clone(), torch.full((300 - first, 128), torch.nan, dtype=torch.bfloat16)
+    place = weights, cos[first:], sin[first:], 280 - first, slice(0, 300 - first)
+    attend_kept_int8(new, *place, out, kept, fp8_values=fp8_values)
+    assert torch.equal(new, qkv[first:]), "q, k and v were to stay as they came"
+    return out
+
+
+def exact_later_step(first: Tensor, later: Tensor, references: int) -> Tensor:
+    """In float64, with the references' keys and values of the first step."""
+    mixed = torch.cat([first[:references], later[references:]])
+    qk_norm_rope(mixed, *PLACE, 280)
+    q, k, v = mixed.unbind(1)
+    return exact_attention(q[references:], k, v)
+
+
+# the last is where blocks of 128 tokens begin anew after the references
+@pytest.mark.parametrize("references", [0, 128, 131])
+@pytest.mark.parametrize(("fp8_values", "tolerance"), [(True, 0.045), (False, 0.015)])  # as without anything kept
+def test_a_later_step_is_as_near_exact_attention(references: int, fp8_values: bool, tolerance: float) -> None:
+    first, later = sample_layer(300, 1), sample_layer(300, 2)
+    found = later_step(later, first_step(first, references, fp8_values), fp8_values)
+    assert relative_error(found, exact_later_step(first, later, references)) < tolerance
+
+
+def test_values_may_grow_by_the_headroom_and_no_further() -> None:
+    first, later = sample_layer(300, 1), sample_layer(300, 2)
+    kept, grown = first_step(first, 0), later.clone()
+    # of the first step's very values, so that the largest is known
+    grown[:, 2] = VALUE_HEADROOM * first[:, 2]
+    assert relative_error(later_step(grown, kept), exact_later_step(first, grown, 0)) < 0.045
+    grown[:, 2] = 4 * VALUE_HEADROOM * first[:, 2]
+    found = later_step(grown, kept)
+    reach = VALUE_HEADROOM * first[:, 2].float().abs().amax(0).flatten()
+    assert (found.float().abs() <= 1.01 * reach).all()  # BF16's rounding, and that of sums of weights
+    assert relative_error(found, exact_later_step(first, grown, 0)) > 0.1, "should have saturated"
+
+
+def test_values_that_are_no_numbers_stay_so() -> None:
+    v = torch.tensor([1.0, torch.nan, 600.0, -torch.inf])[:, None, None]
+    codes, _ = quantize_values(v, torch.ones(1, 1))
+    torch.testing.assert_close(codes.float()[:, 0, 0], torch.tensor([1.0, torch.nan, 448.0, -448.0]), equal_nan=True)
+    torch.testing.assert_close(scale_values(v[:1], 4.0), torch.tensor([[4 / 448]]))
+
+
+def test_a_mean_of_another_step_takes_the_keys_outliers() -> None:
+    first, later = (sample_layer(300, seed)[:, 1].float() for seed in (1, 2))
+    own, other, none = (
+        quantize_keys(later, 128, mean)[1].mean() for mean in (None, first.mean(0), torch.zeros(2, 64))
+    )  # scales: what INT8 leaves is in proportion to them
+    assert other < 1.05 * own
+    assert none > 1.5 * own
