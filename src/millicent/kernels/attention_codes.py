@@ -75,21 +75,21 @@ def load_tile(ptr, token, stride, mask, D: tl.constexpr):  # type: ignore[no-unt
 @triton.jit
 def round_to_int8(x):  # type: ignore[no-untyped-def]
     """`x` rounded to the nearest, ties to even; |x| <= 127."""
-    return (x + ROUNDING - ROUNDING).to(tl.int8)
+    # the sum's last bits are the integer, in two's complement
+    return (x + ROUNDING).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
 def norm_and_turn(  # type: ignore[no-untyped-def]
     x, weight_ptr, c, s, token, img, EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Rows of x (BLOCK, D), normed, turned and rounded to BF16, but FP32 still; zeros stay zeros."""
+    """Rows of x (BLOCK, D), normed and turned, in FP32; zeros stay zeros."""
     rstd = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
     stream = tl.where(token < img, 0, 1)
     weight = tl.load(weight_ptr + (stream * 2 * D)[:, None] + tl.arange(0, D)[None, :])
     normed = x * rstd[:, None] * weight.to(tl.float32)
     a, b = tl.split(tl.reshape(normed, (BLOCK, D // 2, 2)))
-    turned = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (BLOCK, D))
-    return turned.to(tl.bfloat16).to(tl.float32)
+    return tl.reshape(tl.join(a * c - b * s, a * s + b * c), (BLOCK, D))
 
 
 @triton.jit
@@ -123,13 +123,15 @@ def _survey_queries_keys(  # type: ignore[no-untyped-def]
             pair = (token * (D // 2))[:, None] + tl.arange(0, D // 2)[None, :]
             c = tl.load(cos_ptr + pair, due[:, None], 0.0)
             s = tl.load(sin_ptr + pair, due[:, None], 0.0)
-            k = tl.where(due[:, None], norm_and_turn(k, weights_ptr + D, c, s, token, img, EPS, D, BLOCK), k)
+            turned = norm_and_turn(k, weights_ptr + D, c, s, token, img, EPS, D, BLOCK)
+            k = tl.where(due[:, None], turned.to(tl.bfloat16).to(tl.float32), k)
             k_at = k_ptr + token[:, None] * k_stride + tl.arange(0, D)[None, :]
             tl.store(k_at, k.to(tl.bfloat16), due[:, None])
         k_sum += k
         if (first + BLOCK > q_first) & (first < q_first + q_padded):
             if NORM:
-                q = tl.where(due[:, None], norm_and_turn(q, weights_ptr, c, s, token, img, EPS, D, BLOCK), q)
+                turned = norm_and_turn(q, weights_ptr, c, s, token, img, EPS, D, BLOCK)
+                q = tl.where(due[:, None], turned.to(tl.bfloat16).to(tl.float32), q)
             stored = (token >= q_first) & (token < q_first + q_padded)
             store_queries(q, codes_ptr, scale_ptr, token - q_first, stored, factor, D)
     return tl.sum(k_sum, 0)

@@ -38,15 +38,26 @@ MOST_REGISTERS = 128
 
 
 @triton.jit
+def _round_to_bf16(x):  # type: ignore[no-untyped-def]
+    """FP32 to BF16, two at once; what is rounded and widened again the compiler would round one by one."""
+    return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, True, 2)
+
+
+@triton.jit
+def _hold(x):  # type: ignore[no-untyped-def]
+    """BF16 `x`; what is computed from it from here on is not what was computed before, and so not held in its place."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.bfloat16, False, 2)
+
+
+@triton.jit
 def _code_queries_keys(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, weights_ptr, cos_ptr, sin_ptr, mean, q_codes_ptr, q_scale_ptr, k_codes_ptr, k_scale_ptr, q_stride, k_stride,
     start, tokens, q_first, q_last, img, factor,
     EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales of a block of keys less `mean` (D,), and of the queries among its tokens. Pointers are of one head."""
-    # normed and turned, until the block's largest is known: as BF16, for half of FP32's registers. Only behind a line of assembly
-    # does the compiler not hold what it has computed from them instead; the largest of a part, not of all parts at the end, keeps
-    # it from putting the norm off till then
+    # normed and turned, until the block's largest is known: BF16, for half of FP32's registers. Each part's largest is waited for,
+    # or the compiler would put all norms off till the end
     keys = ()
     amax = SMALLEST_AMAX
     for part in tl.static_range(0, BLOCK, PART):
@@ -57,20 +68,22 @@ def _code_queries_keys(  # type: ignore[no-untyped-def]
         pair = (token * (D // 2))[:, None] + tl.arange(0, D // 2)[None, :]
         c = tl.load(cos_ptr + pair, inside[:, None], 0.0)
         s = tl.load(sin_ptr + pair, inside[:, None], 0.0)
-        k = norm_and_turn(k, weights_ptr + D, c, s, token, img, EPS, D, PART)
-        amax = tl.maximum(amax, tl.max(tl.max(tl.where(inside[:, None], tl.abs(k - mean[None, :]), 0.0), 1), 0))
-        keys += (tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [k.to(tl.bfloat16)], tl.bfloat16, False, 2),)  # type: ignore[assignment]
-        q = norm_and_turn(q, weights_ptr, c, s, token, img, EPS, D, PART)
+        k = _round_to_bf16(norm_and_turn(k, weights_ptr + D, c, s, token, img, EPS, D, PART))
+        largest = tl.max(tl.abs(k.to(tl.float32) - mean[None, :]), 1)
+        amax = tl.maximum(amax, tl.max(tl.where(inside, largest, 0.0), 0))
+        keys += (_hold(k),)  # type: ignore[assignment]
+        q = _round_to_bf16(norm_and_turn(q, weights_ptr, c, s, token, img, EPS, D, PART)).to(tl.float32)
         store_queries(q, q_codes_ptr, q_scale_ptr, token - q_first, asked, factor, D)
     tl.store(k_scale_ptr, amax / 127.0)
     for part in tl.static_range(0, BLOCK, PART):
         token = (start + part + tl.arange(0, PART)).to(tl.int64)
-        x = tl.where((token < tokens)[:, None], keys[part // PART].to(tl.float32) - mean[None, :], 0.0)
+        factors = tl.where(token < tokens, 127.0 / amax, 0.0)
+        codes = round_to_int8((keys[part // PART].to(tl.float32) - mean[None, :]) * factors[:, None])
         if PERMUTE:
             # as attention_codes._quantize_keys does
             token = (token // 16) * 16 + (token // 2 % 2) * 8 + (token // 4 % 4) * 2 + token % 2
         channel = tl.max_contiguous(tl.arange(0, D), 8)
-        tl.store(k_codes_ptr + token[:, None] * D + channel[None, :], round_to_int8(x * (127.0 / amax)))
+        tl.store(k_codes_ptr + token[:, None] * D + channel[None, :], codes)
 
 
 @triton.jit
