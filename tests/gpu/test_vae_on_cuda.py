@@ -9,8 +9,6 @@ from conftest import make_vae
 from torch import Tensor
 
 pytest.importorskip("triton")
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA card", allow_module_level=True)
 
 from millicent.engine.fast_vae import CapturedVAE, chunked_attention, speed_up
 from millicent.engine.output import fetch, to_uint8
