@@ -456,20 +456,29 @@ def make_rows(args: argparse.Namespace, device: torch.device) -> dict[str, Figur
     return {**rows, **with_ratios(measure_all(openers, reference, device, args.images))}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def read_arguments(description: str | None, rows: str, images: int) -> tuple[argparse.Namespace, torch.device]:
+    """The command line of a benchmark at true size. rows: what `--only` names; images: how many edits without being told.
+
+    Raises InputError, and MachineError for the true size without a card.
+    """
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--only", help="names of systems, with commas between")
-    parser.add_argument("--images", type=int, default=32, help="edits that the median is taken of")
+    parser.add_argument("--only", help=f"names of {rows}, with commas between")
+    parser.add_argument("--images", type=int, default=images, help="edits that the median is taken of")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="append a JSON line for each system")
+    parser.add_argument("--out", type=Path, help="append a JSON line for each row")
     args = parser.parse_args()
     device = choose_device(args.device)
     if args.size == "true" and device.type != "cuda":
         raise MachineError("The true size needs a card with 141 GB: two models lie on it at a time.", "Use --size tiny.")
     if min(args.images, args.steps) < 1:
         raise InputError("Nothing is drawn with no images or no steps.", "Give at least 1 of each.")
+    return args, device
+
+
+def main() -> None:
+    args, device = read_arguments(__doc__, "systems", images=32)
     rows = make_rows(args, device)
     told = {"benchmark": "peers", "size": args.size, "steps": args.steps}
     lines = [json.dumps({**told, "system": name, **row, **describe_machine(device)}) for name, row in rows.items()]

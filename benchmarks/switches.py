@@ -11,7 +11,6 @@ the host, as a model that is opened from files has it, making the table anew tak
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import gc
@@ -22,7 +21,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeVar, cast
 
 import diffusers
@@ -30,22 +28,35 @@ import torch
 from PIL import Image, ImageChops
 from torch import Tensor
 
+from benchmarks import systems
 from benchmarks.machine import describe_machine
-from benchmarks.peers import BOUNDS, SIGMA, STAGES, Figures, Job, make_eager, make_job, median_ms, relative_error, say
+from benchmarks.peers import (
+    BOUNDS,
+    SIGMA,
+    STAGES,
+    Figures,
+    Job,
+    make_eager,
+    make_job,
+    median_ms,
+    read_arguments,
+    relative_error,
+    say,
+)
 from benchmarks.reading import LARGEST_ERROR
 from benchmarks.reference import mended_positions
-from benchmarks.systems import forget
+from benchmarks.systems import draw_together, forget
 from benchmarks.true_size import SIZES, Size, make_card, make_pipeline, to_millicent
 from millicent.edits import EditRequest
 from millicent.engine import fast_vae
 from millicent.engine import pipeline as stages_of
 from millicent.engine.editor import Editor
 from millicent.engine.fast_vae import CapturedVAE
-from millicent.engine.loading import CACHE_BYTES, FastDrawing, Model, choose_device, speed_up_model
+from millicent.engine.loading import CACHE_BYTES, FastDrawing, Model, speed_up_model
 from millicent.engine.planner import EncoderFormat, Plan, plan
 from millicent.engine.reading import Reader
 from millicent.engine.settings import Settings
-from millicent.errors import InputError, MachineError, MillicentError
+from millicent.errors import InputError
 from millicent.kernels import Kernels, reference
 from millicent.model.layers import FinalNorm
 
@@ -76,12 +87,6 @@ def as_it_is(model: Model) -> Iterator[Model]:
 
 def nothing(model: Model) -> None:
     pass
-
-
-def draw_together(editor: Editor, requests: Sequence[EditRequest]) -> None:
-    for result in editor.edit_many(requests):
-        if isinstance(result, MillicentError):
-            raise result
 
 
 def draw_one_by_one(editor: Editor, requests: Sequence[EditRequest]) -> None:
@@ -322,17 +327,8 @@ def edge_switches(pipeline: diffusers.QwenImageEditPlusPipeline, size: Size) -> 
 
 
 def make_step(model: Model, job: Job, before: Before) -> Callable[[], Tensor]:
-    """A step at the job's timestep -> velocity (1, target tokens, 64); with reuse a later one, after a first."""
-    fast, target = fast_of(model), job.target_tokens
-    mods, rows = fast.modulation.mods([float(job.timestep), 0.0])
-
-    def start() -> Callable[[], Tensor]:
-        drawing = fast.network.start(job.txt, job.img[:, target:], job.img_shapes, mods)
-        drawing.step(job.img[:, :target], rows[0])
-        return lambda: drawing.step(job.img[:, :target], rows[0])
-
-    start()
-    drawn = start()  # a shape that comes again is recorded
+    """systems.make_step, with `before` run, and counted, at the beginning of each."""
+    drawn = systems.make_step(model, job)
 
     @torch.inference_mode()
     def step() -> Tensor:
@@ -543,19 +539,7 @@ def _cell(row: Figures, name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--only", help="names of switches, with commas between; the baseline is measured in any case")
-    parser.add_argument("--images", type=int, default=4, help="edits that the median is taken of, and pictures in a row")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="append a JSON line for each row")
-    args = parser.parse_args()
-    device = choose_device(args.device)
-    if args.size == "true" and device.type != "cuda":
-        raise MachineError("The true size needs a card with 141 GB.", "Use --size tiny.")
-    if min(args.images, args.steps) < 1:
-        raise InputError("Nothing is drawn with no images or no steps.", "Give at least 1 of each.")
+    args, device = read_arguments(__doc__, "switches", images=4)
     size = SIZES[args.size]
     pipeline = make_pipeline(size, device)
     job = make_job(pipeline, size, args.steps)

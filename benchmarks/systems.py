@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import diffusers
 import torch
@@ -60,14 +60,12 @@ def open_system(pipeline: diffusers.QwenImageEditPlusPipeline, job: Job, name: s
     def stream(count: int) -> None:
         # no two pictures alike, so that nothing is remembered
         pictures = [ImageChops.offset(job.picture, 8 * number, 0) for number in range(1, count + 1)]
-        for result in editor.edit_many(dataclasses.replace(request, images=(picture,)) for picture in pictures):
-            if isinstance(result, MillicentError):
-                raise result
+        draw_together(editor, (dataclasses.replace(request, images=(picture,)) for picture in pictures))
 
     return System(
         name=name,
         format=settings.format or "bf16",
-        step=_step(model, job),
+        step=make_step(model, job),
         edit=edit,
         stages=lambda: _stages(model, request, job),
         close=lambda: None,
@@ -75,23 +73,25 @@ def open_system(pipeline: diffusers.QwenImageEditPlusPipeline, job: Job, name: s
     )
 
 
-def _step(model: Model, job: Job) -> Callable[[], Tensor]:
-    """A step at the job's timestep; with reuse a later one, after a first that keeps the references."""
+def make_step(model: Model, job: Job) -> Callable[[], Tensor]:
+    """A step at the job's timestep -> velocity (1, target tokens, 64); with reuse a later one, after a first."""
     assert model.fast is not None
-    fast = model.fast
-    mods, rows = fast.modulation.mods([float(job.timestep), 0.0])
-    target = job.target_tokens
-    drawing = None
-    for _ in range(2):  # a shape that comes again is captured
-        drawing = fast.network.start(job.txt, job.img[:, target:], job.img_shapes, mods)
+    network, target = model.fast.network, job.target_tokens
+    mods, rows = model.fast.modulation.mods([float(job.timestep), 0.0])
+
+    def start() -> Callable[[], Tensor]:
+        drawing = network.start(job.txt, job.img[:, target:], job.img_shapes, mods)
         drawing.step(job.img[:, :target], rows[0])
-    assert drawing is not None
+        return lambda: drawing.step(job.img[:, :target], rows[0])
 
-    @torch.inference_mode()
-    def step() -> Tensor:
-        return drawing.step(job.img[:, :target], rows[0])
+    start()
+    return torch.inference_mode()(start())  # a shape that comes again is captured
 
-    return step
+
+def draw_together(editor: Editor, requests: Iterable[EditRequest]) -> None:
+    for result in editor.edit_many(requests):
+        if isinstance(result, MillicentError):
+            raise result
 
 
 @torch.inference_mode()

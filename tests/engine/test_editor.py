@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import millicent.engine.editor as editor_module
 from millicent import demo
 from millicent.edits import EditRequest, Progress
-from millicent.engine import pipeline
+from millicent.engine import loading, pipeline
 from millicent.engine.editor import Editor, find_model
 from millicent.engine.pipeline import drawn_size, pack, size_for_area, to_pixels, unpack
 from millicent.engine.sampler import lightning_sigmas
@@ -446,3 +446,10 @@ def test_two_lightning_loras_are_refused(tmp_path: Path) -> None:
 def test_a_lora_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputNotFoundError, match=r"There is no LoRA .*nowhere\.safetensors"):
         Editor.open("demo", loras=[(tmp_path / "nowhere.safetensors", 1.0)], device="cpu")
+
+
+def test_fp32_with_a_format_is_refused_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_describe_card", lambda device: ((9, 0), "a card"))
+    card = find_model("demo")[2]
+    with pytest.raises(InputError, match="compute in BF16 on a card"):
+        loading.load_model(demo.folder(), card, torch.device("cuda"), torch.float32, settings=Settings(format="fp8"))

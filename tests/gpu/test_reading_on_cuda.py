@@ -9,8 +9,6 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 pytest.importorskip("triton")
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA card", allow_module_level=True)
 
 from millicent.engine.capture import GraphRecorder
 from millicent.engine.fast_encoder import quantize_encoder

@@ -106,9 +106,14 @@ def load_model(
     `loras`, or distillation in a transformer file, changes the card: it brings its steps and schedule, and guidance is off.
     distilled_steps: how many a transformer is distilled for whose name speaks of it, 0 for none.
     Raises CheckpointError and its kinds, InputNotFoundError for a LoRA that is not there, MachineError for too little memory
-    or a format that the card does not run.
+    or a format that the card does not run, InputError for FP32 on a card with settings that have none.
     """
     plan = None if dtype == torch.float32 and settings == DEFAULT_SETTINGS else planner.plan(settings, *_describe_card(device))
+    if plan is not None and device.type == "cuda" and dtype == torch.float32:
+        raise InputError(
+            "Formats, 8-bit attention, reuse and our kernels compute in BF16 on a card, and fp32 is asked for.",
+            "Leave out fp32, or draw in it with the plain network (--plain).",
+        )
     folder = open_folder(path)
     if folder.pipeline != card.pipeline:
         raise CheckpointError(

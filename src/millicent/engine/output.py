@@ -52,13 +52,6 @@ class Sent:
         return self._host
 
 
-def fetch(levels: Tensor) -> Image.Image:
-    """levels (H, W, 3) uint8 -> a picture, by one copy into pinned memory; waits for that copy and what comes before it."""
-    assert levels.dtype == torch.uint8
-    [host] = Sent(levels).wait()
-    return Image.fromarray(host.numpy())  # copies: Pillow's RGB takes four bytes a pixel
-
-
 class Writer:
     """Saves pictures in threads, so that drawing goes on meanwhile.
 

@@ -23,7 +23,7 @@ from millicent.edits import EditRequest
 from millicent.engine.caches import image_key, size_bytes
 from millicent.engine.loading import FastDrawing, Model
 from millicent.engine.modulation import check_schedule
-from millicent.engine.output import Sent, fetch, to_uint8
+from millicent.engine.output import Sent, to_uint8
 from millicent.engine.sampler import base_sigmas, denoise, guide, lightning_sigmas
 from millicent.errors import CheckpointError, InputError, SizeError
 from millicent.facts.models import ModelCard
@@ -340,8 +340,3 @@ def to_pixels(levels: Tensor, dtype: torch.dtype) -> Tensor:
     indices = levels.permute(2, 0, 1).reshape(-1).int()
     pixels = table.to(levels.device, non_blocking=True).index_select(0, indices)
     return pixels.view(1, 3, *levels.shape[:2])
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> a picture, rounded to the nearest of 256 levels."""
-    return fetch(to_uint8(pixels))

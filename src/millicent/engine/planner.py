@@ -89,7 +89,7 @@ def _choose_format(asked: Format | None, capability: Capability | None, card: st
 def _choose_encoder(transformer: Format, capability: Capability | None) -> tuple[EncoderFormat, str]:
     if capability is not None and transformer in ("fp8", "nvfp4"):  # a card that has FP4 has FP8
         return "fp8", "the text encoder in fp8 too, with half the bytes"
-    return "bf16", "the text encoder in bf16"
+    return "bf16", "the text encoder in plain numbers"
 
 
 def _choose_attention(settings: Settings, capability: Capability | None, card: str) -> tuple[Backend, str]:

@@ -270,9 +270,7 @@ class Drawing:
             rows = kernels.norm_modulate(part.x, shift, scale, part.bounds, linear.code, linear.group)
         else:
             gate = self.mods[number - 1, :, 5]
-            rows = kernels.add_gated_norm_modulate(
-                part.x, part.update, gate, shift, scale, part.bounds, linear.code, linear.group
-            )  # fmt: skip
+            rows = kernels.add_gated_norm_modulate(part.x, part.update, gate, shift, scale, part.bounds, linear.code, linear.group)
             part.update = None
         linear.matmul(*rows, out)
 

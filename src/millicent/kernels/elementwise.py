@@ -42,15 +42,16 @@ def _rotate(y, BLOCK: tl.constexpr, GROUP: tl.constexpr):
     # one return, at the end: Triton compiles what stands after an early one all the same
     if GROUP == 1:
         turned = y
-    elif GROUP <= 64:
+    elif GROUP <= 64 and GROUP != 16:
         turned = tl.dot(tl.reshape(y, (BLOCK // GROUP, GROUP)), _hadamard(GROUP), input_precision="tf32")
     else:
-        # H256 = H16 x H16: first over the last 16 of each group, then over the first
-        h = _hadamard(16)
-        turned = tl.dot(tl.reshape(y, (BLOCK // 16, 16)), h, input_precision="tf32")
-        turned = tl.permute(tl.reshape(turned, (BLOCK // 256, 16, 16)), (0, 2, 1))
-        turned = tl.dot(tl.reshape(turned, (BLOCK // 16, 16)), h, input_precision="tf32")
-        turned = tl.permute(tl.reshape(turned, (BLOCK // 256, 16, 16)), (0, 2, 1))
+        # H256 = H16 x H16: over both sides of a square of 16 x 16. Products of squares, not of one tall matrix with H16: of
+        # those Triton 3.6 and 3.7 make what does not compile for 10.0
+        squares: tl.constexpr = BLOCK // 256
+        h = tl.broadcast_to(tl.reshape(_hadamard(16), (1, 16, 16)), (squares, 16, 16))
+        turned = tl.dot(tl.reshape(y, (squares, 16, 16)), h, input_precision="tf32")
+        if GROUP == 256:
+            turned = tl.dot(h, turned, input_precision="tf32")
     return tl.reshape(turned, (BLOCK,))
 
 
