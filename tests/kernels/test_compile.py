@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from millicent.kernels import attention, attention_codes, channel_norm, elementwise, matmul
+from millicent.kernels import attention, attention_codes, attention_kept, channel_norm, elementwise, matmul
 
 # the most shared memory of a block, in KiB: CUDA C++ programming guide, technical specifications per compute capability
 SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
@@ -80,6 +80,15 @@ def launch_attention() -> None:
     attention.attend_normed_int8(qkv, weights, angles, angles, BOUNDS[1], BOUNDS[0], queries, empty(TOKENS - BOUNDS[0], DIM))
 
 
+def launch_kept_attention(references: int) -> None:
+    tokens = TOKENS - references
+    angles = empty(tokens, HEAD_WIDTH // 2, dtype=torch.float32)
+    qkv, weights = empty(tokens, 3, HEADS, HEAD_WIDTH), empty(2, 2, HEAD_WIDTH)
+    kept = attention.make_kept(1, references, HEADS, HEAD_WIDTH, qkv.device).layer(0)
+    img_rows = BOUNDS[1] - references
+    attention.attend_kept_int8(qkv, weights, angles, angles, img_rows, slice(0, tokens), empty(tokens, DIM), kept)
+
+
 def launch_products(code: Code) -> None:
     for rows, k, n in [(TEXT_TOKENS, DIM, 3 * DIM), (TOKENS, DIM, 3 * DIM), (TEXT_TOKENS, SMALL_DIM, 3 * SMALL_DIM)]:
         x, weight = empty(rows, k, dtype=DTYPES[code]), empty(n, k, dtype=DTYPES[code])
@@ -104,6 +113,8 @@ CASES = [
     Case("rows-int8-turned-by-64", partial(launch_rows, "int8", 64, SMALL_DIM), INT8_CARDS),
     Case("heads", launch_heads, ALL),
     Case("attention", launch_attention, INT8_CARDS),
+    Case("attention-kept", partial(launch_kept_attention, 0), INT8_CARDS),
+    Case("attention-kept-references", partial(launch_kept_attention, BOUNDS[0]), INT8_CARDS),
     Case("products-fp8", partial(launch_products, "fp8"), FP8_CARDS),
     Case("products-int8", partial(launch_products, "int8"), INT8_CARDS),
     Case("pixels", launch_pixels, ALL),
@@ -181,7 +192,7 @@ def test_no_kernel_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def find_kernels() -> Iterator[str]:
     """Of our functions in Triton, those that are launched, and not called by another."""
-    for module in (attention, attention_codes, channel_norm, elementwise, matmul):
+    for module in (attention, attention_codes, attention_kept, channel_norm, elementwise, matmul):
         source = inspect.getsource(module)
         yield from (name for name, made in vars(module).items() if isinstance(made, JITFunction) and f" {name}[" in source)
 
