@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -79,9 +80,13 @@ def test_edits_between_results_and_a_stop_do_no_harm() -> None:
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
     """PyTorch raises where the host would wait for the card in a copy or to read a value."""
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(scope="module")
