@@ -286,12 +286,16 @@ def make_groups(pipeline: diffusers.QwenImageEditPlusPipeline, size: Size) -> li
     if base.format != "bf16":
         plain = choose_plan(Settings(format="bf16"), device, base.text_encoder)
         groups.append(Group(opener(plain), (Switch(name=base.format, times_step=True),)))
+    quick = dataclasses.replace(settings, attention="int8")
     for name, changed in (
-        ("8-bit attention", dataclasses.replace(settings, attention="int8")),
+        ("8-bit attention", quick),
         ("reuse of the reference", dataclasses.replace(settings, reuse_reference=True)),
+        ("8-bit attention and reuse", dataclasses.replace(quick, reuse_reference=True)),
     ):
         switch = Switch(name=name, state="on", times_step=True)
-        groups.append(Group(opener(choose_plan(changed, device)), (switch,)))
+        fresh = Switch(name=f"{name}, coded anew", state="on", turn=with_network(keeps_codes=False), times_step=True)
+        switches = (switch, fresh) if changed.attention == "int8" else (switch,)
+        groups.append(Group(opener(choose_plan(changed, device)), switches))
     return groups
 
 

@@ -41,7 +41,10 @@ CPU_ROWS = [
     "everything again",
     "off: fast text encoder",
     "on: 8-bit attention",
+    "on: 8-bit attention, coded anew",
     "on: reuse of the reference",
+    "on: 8-bit attention and reuse",
+    "on: 8-bit attention and reuse, coded anew",
 ]
 
 
@@ -75,11 +78,12 @@ def test_every_row_is_there_and_right(rows: dict[str, dict[str, Any]]) -> None:
     assert list(rows) == CPU_ROWS
     for name, row in rows.items():
         errors = row["errors"]
-        if name != "on: 8-bit attention":
+        if name.startswith("on: 8-bit attention"):
+            # measured 0.006 on this network; BF16's bound is what a row must keep
+            assert FP32_ERROR < errors["velocity"] < peers.BOUNDS["bf16"], name
+        else:
             assert errors["velocity"] < FP32_ERROR, name
         assert max(errors[part] for part in ("text", "latents", "pixels")) < FP32_ERROR, name
-    # measured 0.006 on this network; BF16's bound is what a row must keep
-    assert FP32_ERROR < rows["on: 8-bit attention"]["errors"]["velocity"] < peers.BOUNDS["bf16"]
 
 
 def test_rows_tell_what_they_are_about(rows: dict[str, dict[str, Any]]) -> None:
@@ -300,7 +304,7 @@ def test_rows_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
         if group.switches[0].name != "fast text encoder":
             with pytest.raises(MachineError):
                 group.open()
-    # each apart from the first two in one thing alone
+    # each but the last apart from the first two in one thing alone
     base = ("fp8", "fp8", "cudnn", False)
     assert opened == [
         base,
@@ -309,6 +313,7 @@ def test_rows_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bf16", "fp8", "cudnn", False),
         ("fp8", "fp8", "int8", False),
         ("fp8", "fp8", "cudnn", True),
+        ("fp8", "fp8", "int8", True),
     ]
 
 
