@@ -1,5 +1,7 @@
 """Every format's linear against float64, and NVFP4 against comfy-kitchen's quantizer."""
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import comfy_kitchen as kitchen
@@ -197,6 +199,45 @@ def test_fp8_backend_of_a_card(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], torch_version: str, backend: str
 ) -> None:
     assert set_card(monkeypatch, capability, torch_version)._choose_backend(torch.device("cuda")) == backend
+
+
+class OnACard(torch.Tensor):
+    """A tensor in memory that says it is on a card."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda")
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize(
+    "said", ["CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLt...`", "CUDA error: misaligned address"]
+)
+def test_fp8_rows_without_a_product_go_to_our_kernel(monkeypatch: pytest.MonkeyPatch, backend: Any, said: str) -> None:
+    linear = set_card(monkeypatch, (9, 0), "2.11.0+cu130")
+    linear.backend = backend
+    asked: list[int] = []
+
+    def refuse(values: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
+        asked.append(len(values))
+        if len(values) == 5:
+            raise RuntimeError(said)
+        return linear._emulate(values, scale, out)
+
+    def multiply(values: Tensor, scale: Tensor, *rest: Tensor) -> str:
+        return f"ours, {len(values)} rows"
+
+    monkeypatch.setattr(linear, "_multiply_by_torch", refuse)
+    monkeypatch.setitem(sys.modules, "millicent.kernels.matmul", SimpleNamespace(scaled_matmul=multiply))
+    few, many = (draw(rows, 64).to(torch.float8_e4m3fn).as_subclass(OnACard) for rows in (5, 6))
+    one, out = torch.ones(6, 1), torch.empty(6, 32)
+    if backend is None and "NOT_SUPPORTED" in said:
+        assert [linear.matmul(few, one[:5], out[:5]) for _ in range(2)] == ["ours, 5 rows"] * 2
+        assert asked == [5]  # and not again
+        assert torch.equal(linear.matmul(many, one, out), out)
+    else:
+        with pytest.raises(RuntimeError, match=said[:20]):
+            linear.matmul(few, one[:5], out[:5])
 
 
 def test_fp8_refuses_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,3 +147,17 @@ def test_fp8_writes_to_rows_of_a_wider_tensor(backend: Any) -> None:
     assert linear.matmul(values, scale, out=out) is out
     assert torch.equal(out, linear.matmul(values, scale))
     assert wide[:, 768:].isnan().all()
+
+
+@pytest.mark.parametrize(("n", "k"), [(9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (3584, 18944)])
+def test_fp8_multiplies_any_number_of_rows(n: int, k: int) -> None:
+    """cuBLAS has no product for some; a text may be of any length."""
+    skip_without_fp8(FP8)
+    linear = FP8Linear(draw_codes(n, k, FP8, seed=0), draw(n, 1, seed=1).exp() / 100, draw(n, seed=2).bfloat16())
+    weight = linear.weight.float() * linear.weight_scale
+    for rows in (1, 2, 7, 16, 40, 63, 64, 65, 127, 128, 200, 255, 256, 257, 300, 512, 1000):
+        values, scale = draw_codes(rows, k, FP8, seed=3), draw(rows, 1, seed=4).exp() / 1000
+        for _ in range(2):  # the first may ask cuBLAS in vain
+            found = linear.matmul(values, scale)
+            wanted = values.float().double() * scale.double() @ weight.double().T + linear.bias.double()
+            assert relative_error(found, wanted) <= CUT_SUMS, rows

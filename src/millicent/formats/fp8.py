@@ -23,6 +23,8 @@ MULTIPLE = 16
 ADA = (8, 9)
 # https://github.com/pytorch/pytorch/issues/177651
 FIRST_TORCH_THAT_RETURNS_ON_ADA = (2, 12)
+# with scales per row cuBLAS has none for few rows of many columns: https://github.com/pytorch/ao/issues/4582
+_NO_PRODUCT = "CUBLAS_STATUS_NOT_SUPPORTED"
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +53,8 @@ def _hangs(capability: tuple[int, int]) -> bool:
 class FP8Linear(ScaledLinear):
     """y = x w^T + b, of x (..., K), in the dtype of x; rounded to BF16 on the way, as the products give it.
 
-    backend: who multiplies on a CUDA card; None for default_backend. Elsewhere the same arithmetic is done in FP32.
+    backend: who multiplies on a CUDA card; None for default_backend, and for our kernel where cuBLAS has no product for so many
+    rows. Elsewhere the same arithmetic is done in FP32.
     """
 
     code: Literal["fp8"] = "fp8"
@@ -67,6 +70,7 @@ class FP8Linear(ScaledLinear):
         check_sides(n, k, "FP8")
         super().__init__(codes, scale.expand(n, 1).contiguous(), None if bias is None else bias.bfloat16())
         self.backend = backend
+        self._rows_without_product: set[int] = set()
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None) -> Self:
@@ -82,8 +86,13 @@ class FP8Linear(ScaledLinear):
         assert scale is not None
         if values.device.type != "cuda":
             return self._emulate(values, scale, out)
-        if self._choose_backend(values.device) == "torch":
-            return self._multiply_by_torch(values, scale, out)
+        if self._choose_backend(values.device) == "torch" and len(values) not in self._rows_without_product:
+            try:
+                return self._multiply_by_torch(values, scale, out)
+            except RuntimeError as error:
+                if self.backend is not None or _NO_PRODUCT not in str(error):
+                    raise
+                self._rows_without_product.add(len(values))
         from millicent.kernels.matmul import scaled_matmul
 
         if out is None:

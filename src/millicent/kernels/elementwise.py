@@ -322,8 +322,9 @@ def qk_norm_rope(qkv: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, img_row
     rows, _, heads, width = qkv.shape
     assert qkv.stride()[1:] == (heads * width, width, 1)
     assert all(tensor.is_contiguous() for tensor in (weights, cos, sin))
-    row_block, head_block = 4, min(8, triton.next_power_of_2(heads))
-    grid = (triton.cdiv(rows, row_block), 2, triton.cdiv(heads, head_block))
+    # of what was tried on an H200, all within 15 %, the fastest
+    row_block, head_block = 1, min(8, triton.next_power_of_2(heads))
+    grid = (rows, 2, triton.cdiv(heads, head_block))
     _qk_norm_rope_kernel[grid](
         qkv,
         weights,
