@@ -99,13 +99,13 @@ def test_a_recording_that_fails_half_way(monkeypatch: pytest.MonkeyPatch, expect
     editor = open_editor()
     assert editor._model.fast is not None
     editor.edit(REQUEST)
-    block, linear = Drawing._block, editor._model.fast.network.blocks[1].qkv.txt
+    project, linear = Drawing._project, editor._model.fast.network.blocks[1].txt.qkv
     matmul = linear.matmul
 
     def fail_in_block(self: Drawing, number: int, *rest: Any, **named: Any) -> Any:
         if number == 1 and torch.cuda.is_current_stream_capturing():
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return block(self, number, *rest, **named)
+        return project(self, number, *rest, **named)
 
     def fail_in_matmul(*args: Any) -> Any:
         if torch.cuda.is_current_stream_capturing():
@@ -114,7 +114,7 @@ def test_a_recording_that_fails_half_way(monkeypatch: pytest.MonkeyPatch, expect
 
     with monkeypatch.context() as patch:
         # in the text's product beside the pictures' the recording has a second stream, which has not come back yet
-        patch.setattr(*((linear, "matmul", fail_in_matmul) if in_side_stream else (Drawing, "_block", fail_in_block)))
+        patch.setattr(*((linear, "matmul", fail_in_matmul) if in_side_stream else (Drawing, "_project", fail_in_block)))
         stream = torch.cuda.current_stream()
         with pytest.raises(MachineError, match="too small for this edit"):
             editor.edit(REQUEST)

@@ -14,7 +14,6 @@ from millicent.engine.capture import GraphRecorder
 from millicent.engine.fast_encoder import quantize_encoder
 from millicent.engine.planner import TENSOR_CORES
 from millicent.engine.reading import TOKENS_MULTIPLE, Reader
-from millicent.errors import MachineError
 from millicent.formats.fp8 import FP8Linear
 from millicent.model.text_encoder import TextEncoder
 
@@ -150,8 +149,8 @@ def test_the_embedding_table_may_stay_on_the_host(encoder: TextEncoder) -> None:
         table.to(CUDA)
 
 
-def test_a_recording_without_memory_is_an_error_of_the_machine_and_harms_nothing() -> None:
-    recorder, calls = GraphRecorder(CUDA, "the text encoder"), []
+def test_a_recording_without_memory_harms_nothing_once_the_stream_is_back() -> None:
+    recorder, calls = GraphRecorder(CUDA), []
 
     def second_fails(x: Tensor) -> tuple[Tensor]:
         calls.append(x)
@@ -161,9 +160,9 @@ def test_a_recording_without_memory_is_an_error_of_the_machine_and_harms_nothing
         return (y,)
 
     stream = torch.cuda.current_stream()
-    with pytest.raises(MachineError, match="too small to record"):
+    with pytest.raises(RuntimeError):  # its own, or that of ending the recording
         recorder.record(second_fails, (torch.ones(8, device=CUDA),))
-    assert torch.cuda.current_stream() == stream
+    torch.cuda.set_stream(stream)  # as engine/failures.py does
     x = torch.arange(8.0, device=CUDA)
     assert torch.equal(recorder.record(lambda x: (x * 3,), (torch.ones(8, device=CUDA),))(x)[0], x * 3)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from millicent.errors import MachineError
 
 Tensors = tuple[Tensor, ...]
 Work = Callable[..., Tensors]
@@ -46,7 +43,7 @@ class Replays:
 
         key: says what the work does besides what its inputs' shapes and dtypes say. work: leaves its inputs as they are, and
         neither waits for the device nor copies from the host.
-        Raises MachineError where a recording does not fit into memory.
+        Raises as `record` does where a recording does not fit into memory.
         """
         full_key = (key, tuple((value.shape, value.dtype) for value in inputs))
         if full_key in self._recordings:
@@ -85,32 +82,19 @@ class GraphRecorder:
     """Records work on one CUDA device, on a stream of its own.
 
     All graphs share one pool of memory, which is sound since each leaves only results that are copied out before another
-    runs: replay them from one thread, on one stream. whose: work it is, for errors.
+    runs: replay them from one thread, on one stream.
     """
 
-    def __init__(self, device: torch.device, whose: str) -> None:
+    def __init__(self, device: torch.device) -> None:
         assert device.type == "cuda"
         self._device = device
-        self._whose = whose
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
     def record(self, work: Work, inputs: Tensors) -> Graph:
-        """Raises MachineError, with all undone, where it does not fit into memory."""
-        outside = torch.cuda.current_stream(self._device)
-        try:
-            with torch.cuda.device(self._device):
-                return self._capture(work, inputs)
-        except RuntimeError as error:
-            torch.cuda.set_stream(outside)  # a recording that cannot even be ended leaves its own behind
-            if not _is_out_of_memory(error):
-                raise
-            traceback.clear_frames(error.__traceback__)  # or the error would hold every tensor of the work
-            torch.cuda.empty_cache()
-            raise MachineError(
-                f"The card's memory is too small to record {self._whose}'s work, beside what else is in it.",
-                "Draw smaller pictures, or give the weights fewer bits.",
-            ) from error
+        """Raises RuntimeError where it does not fit into memory; a recording that could not be ended leaves its stream current."""
+        with torch.cuda.device(self._device):
+            return self._capture(work, inputs)
 
     def _capture(self, work: Work, inputs: Tensors) -> Graph:
         with torch.inference_mode(False):  # they outlive the call that made them, and are written to by later ones
@@ -128,10 +112,3 @@ class GraphRecorder:
             made = work(*fed)
         torch.cuda.current_stream().wait_stream(self._stream)
         return Graph(graph, work, fed, made)
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether it, or what it came up while handling, is: ending a recording that has failed raises an error of its own."""
-    while error is not None and not isinstance(error, torch.OutOfMemoryError):
-        error = error.__context__
-    return error is not None

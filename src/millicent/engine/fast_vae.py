@@ -125,7 +125,7 @@ class CapturedVAE:
     def __init__(self, vae: VAE, *, graphs: bool = True) -> None:
         self.vae = vae
         device = next(vae.parameters()).device
-        self._replays = Replays(GraphRecorder(device, "the VAE").record, PASSES_KEPT) if graphs else None
+        self._replays = Replays(GraphRecorder(device).record, PASSES_KEPT) if graphs else None
 
     @property
     def config(self) -> VAEConfig:
@@ -133,12 +133,12 @@ class CapturedVAE:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        """As VAE.encode: (B, 3, H, W) -> (B, 16, H/8, W/8). Raises MachineError where a recording does not fit into memory."""
+        """As VAE.encode: (B, 3, H, W) -> (B, 16, H/8, W/8)."""
         return self._run("encode", self.vae.encode, pixels)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """As VAE.decode: (B, 16, h, w) -> (B, 3, 8 h, 8 w). Raises MachineError where a recording does not fit into memory."""
+        """As VAE.decode: (B, 16, h, w) -> (B, 3, 8 h, 8 w)."""
         return self._run("decode", self.vae.decode, latents)
 
     def clear(self) -> None:

@@ -89,7 +89,7 @@ class Reader:
         check_config(self._config)
         self.device = _device_of(text_encoder.network)
         records = uses_graphs and self.device.type == "cuda"
-        self.replays = Replays(GraphRecorder(self.device, "the text encoder").record, _KEPT_GRAPHS) if records else None
+        self.replays = Replays(GraphRecorder(self.device).record, _KEPT_GRAPHS) if records else None
         pictures, openings = int(budget_bytes * _PICTURES_SHARE), int(budget_bytes * _OPENINGS_SHARE)
         self.pictures = ByteBudgetCache[str, Picture](pictures)
         self.openings = ByteBudgetCache[tuple[str, ...], Opening](openings)
@@ -110,8 +110,7 @@ class Reader:
         """The post-norm last hidden states (1, T, C) of a prompt with its pictures, the system prefix cut off.
 
         images: at least one, as the model's card sizes them. The result may be kept: it is not to be changed in place.
-        Raises PromptTooLongError, InputError for a control token in the prompt, and MachineError where a recording does not
-        fit into the card's memory.
+        Raises PromptTooLongError, and InputError for a control token in the prompt.
         """
         assert images
         self.text_encoder.check_lengths([prompt])
