@@ -59,8 +59,8 @@ def test_matches_specification(config: AttentionConfig, q_tokens: int, k_tokens:
     padded = torch.full((q_tokens + 1, heads * width), torch.nan, dtype=torch.bfloat16, device="cuda")
     out = attention_int8(q, k, v, padded[:q_tokens], config)
     wanted = reference.attention_int8(q, k, v, config.columns, config.fp8_values)
-    # exp2's last bits and the mean's order of summation move some p and some codes to the neighboring code: 0.5% in the
-    # interpreter; Hopper's FP8 accumulator adds some 14 bits' worth
+    # the offset's rounding, exp2's last bits and the mean's order of summation move some p and some codes to the neighboring
+    # code: 0.5% in the interpreter; Hopper's FP8 accumulator adds some 14 bits' worth
     assert relative_error(out, wanted) < 0.012
     assert relative_error(out, exact_attention(q, k, v)) < 0.06
     assert padded[q_tokens:].isnan().all(), "wrote beyond the last query"
@@ -73,6 +73,26 @@ def test_long_sums_do_not_drift() -> None:
     attention_int8(q, k, v, out)
     # 8448 equal terms: an accumulator of 14 bits that truncates loses about a percent, FP32 nothing but BF16's 2**-9
     assert (out.float() - 1.0).abs().max() < 0.004
+
+
+@pytest.mark.parametrize("config", configs_of_this_card(), ids=str)
+def test_weights_add_up(config: AttentionConfig) -> None:
+    q, k, v = sample(200, 1023, 2, 128)
+    out = torch.empty(200, 256, dtype=torch.bfloat16, device="cuda")
+    attention_int8(q, k, torch.ones_like(v), out, config)
+    # weights are rounded after they are summed, to E4M3 by 2.6% in the root mean square, which a thousand of them average out
+    assert (out.float() - 1.0).abs().max() <= 2**-8
+
+
+@pytest.mark.parametrize("config", configs_of_this_card(), ids=str)
+# rows of few weights, or one. At 1000 the numbers from which scores and offsets are subtracted end at a hundredth to a tenth in
+# log2, and the few rows whose weights are in several blocks differ: 2.3% of all in the interpreter.
+@pytest.mark.parametrize(("sharpness", "tolerance"), [(8, 0.012), (100, 0.012), (1000, 0.05)])
+def test_sharp_rows(config: AttentionConfig, sharpness: int, tolerance: float) -> None:
+    q, k, v = sample(200, 1023, 2, 128)
+    q = q * sharpness
+    out = attention_int8(q, k, v, torch.empty(200, 256, dtype=torch.bfloat16, device="cuda"), config)
+    assert relative_error(out, reference.attention_int8(q, k, v, config.columns, config.fp8_values)) < tolerance
 
 
 def test_a_card_that_cannot_is_refused() -> None:

@@ -6,7 +6,10 @@ What makes it fast, beyond the formats:
   accumulator layout is the one that must hold it as the 8-bit left operand of the second product: the probabilities
   never leave their registers.
 - The conversion of scores from integers (a quarter of the rate of an addition) is an addition of the bits of 1.5 * 2**23,
-  which makes them a float; the offset, the scales and the running maximum then fold into the one FMA before exp2.
+  which makes them a float; the offset, the scales and the running maximum then fold into one FMA.
+- The FMA gives, in units of FP16's smallest number, what is nearly the logarithm's FP16 number itself: rounded to FP16 it has
+  that number's bits but for a shift. So there is no exp2, of which a multiprocessor makes 16 a clock to 128 additions.
+- Threads keep their parts of a row's sum to themselves until the last key.
 - Only the last tile is masked, and only where the tokens do not fill it.
 """
 
@@ -24,11 +27,28 @@ from millicent.errors import MachineError
 from millicent.kernels import KeysValues
 from millicent.kernels.attention_codes import NormRope, Queries, make_codes, quantize_keys_values, survey
 from millicent.kernels.attention_kept import code
-from millicent.kernels.attention_reference import VALUE_HEADROOM
+from millicent.kernels.attention_reference import E4M3_MAX_BITS, VALUE_HEADROOM
 
 MAGIC_BITS = tl.constexpr(0x4B400000)
 MAGIC = tl.constexpr(12582912.0)
-LOG2_E4M3_MAX = tl.constexpr(8.807354922057604)
+MINUS_INFINITY_BITS = tl.constexpr(-8388608)
+FP16_SMALLEST = tl.constexpr(2.0**-24)
+ONE_BITS = tl.constexpr(E4M3_MAX_BITS)
+
+# two neighboring columns and the two 8 on, in FP16_SMALLEST: their bits in FP16 but for the last 5, which are zeros; then four
+# codes as the operand has them, and two sums
+CODE_ASM = tl.constexpr("""{
+.reg .b32 near, far;
+.reg .b16 low, high;
+cvt.rn.relu.f16x2.f32 near, $3, $2;
+cvt.rn.relu.f16x2.f32 far, $5, $4;
+shl.b32 near, near, 5;
+shl.b32 far, far, 5;
+cvt.rn.satfinite.e4m3x2.f16x2 low, near;
+cvt.rn.satfinite.e4m3x2.f16x2 high, far;
+mov.b32 $0, {low, high};
+add.rn.f16x2 $1, near, far;
+}""")
 
 
 @dataclass(frozen=True)
@@ -44,10 +64,12 @@ class AttentionConfig:
     """Tiles are fetched by the tensor memory accelerator (Hopper and later)."""
     exact_sum: bool = True
     """Tiles' products are added in FP32 outside of the tensor core, whose FP8 accumulator keeps some 14 bits only."""
+    maxnreg: int | None = None
+    """The most registers of a thread; None leaves them to the compiler."""
 
 
 HOPPER_CONFIGS = (
-    AttentionConfig(64, 128, 4, 2, tma=True),
+    AttentionConfig(64, 128, 4, 2, tma=True, maxnreg=168),  # three blocks of a multiprocessor's 65536 registers
     AttentionConfig(64, 128, 4, 3, tma=True),
     AttentionConfig(64, 64, 4, 3, tma=True),
     AttentionConfig(128, 128, 8, 3, tma=True),
@@ -70,18 +92,46 @@ def choose_config(capability: tuple[int, int]) -> AttentionConfig:
 
 
 @triton.jit
-def _align_with_operand(p, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`p` (M, N) with its columns in the values' order of tokens.
+def _add_halves(x, M: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Two numbers in FP16 each, (M, G, 4) -> (M, G / 2, 4)."""
+    a, b = tl.split(x.reshape(M, G // 2, 2, 4).permute(0, 1, 3, 2))
+    return tl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _sum_pairs(pairs, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """FP32 (M, 8) from two numbers in FP16 each, (M, N / 16, 4)."""
+    pairs = _add_halves(pairs, M, N // 16)
+    pairs = _add_halves(pairs, M, N // 32)
+    if N == 128:
+        pairs = _add_halves(pairs, M, 2)
+    sums = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
+    return sums.reshape(M, 8).to(tl.float32)
+
+
+@triton.jit
+def _code(scores, scale, largest, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """E4M3 probabilities (M, N) with their columns in the values' order of tokens, and their sums in 8 parts, (M, 8).
 
     A thread t of four holds columns 8a + 2t + b of a group of 16 as accumulator, and columns 4t + 2a + b as 8-bit left
     operand (PTX ISA, the fragments of m64nNk32 and m16n8k32), so that this moves nothing between threads.
     """
-    return p.reshape(M, N // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, N)
+    unit = scale * (32 * FP16_SMALLEST)
+    offset = tl.fma(unit, MAGIC, (largest * 32 - ONE_BITS) * FP16_SMALLEST)
+    halves = scores * unit[:, None] - offset[:, None]
+    even, odd = tl.split(halves.reshape(M, N // 16, 2, 4, 2))
+    a, c = tl.split(even.permute(0, 1, 3, 2))
+    b, d = tl.split(odd.permute(0, 1, 3, 2))
+    kinds: tl.constexpr = (tl.int32, tl.int32)
+    four, pairs = tl.inline_asm_elementwise(CODE_ASM, "=r,=r,r,r,r,r", [a, b, c, d], dtype=kinds, is_pure=True, pack=1)
+    first, second = tl.join(four, four >> 16).to(tl.int8), tl.join(four >> 8, four >> 24).to(tl.int8)
+    codes = tl.join(first, second).reshape(M, N)
+    return codes.to(tl.float8e4nv, bitcast=True), _sum_pairs(pairs, M, N)
 
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    q, q_scale, k, v, k_scale_ptr, v_stride, head, tile, k_tokens, k_padded, acc, total, running_max,
+    q, q_scale, k, v, k_scale, v_stride, head, tile, k_tokens, k_padded, acc, total, running_max,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr, EXACT_SUM: tl.constexpr,
     MASK: tl.constexpr,
 ):  # fmt: skip
@@ -92,27 +142,25 @@ def _attend(  # type: ignore[no-untyped-def]
         keys = k.load([head * k_padded + start, 0])
     else:
         keys = tl.load(k + (start + column).to(tl.int64)[:, None] * D + tl.arange(0, D)[None, :])
-    scale = q_scale * tl.load(k_scale_ptr + tile)
+    scale = q_scale * k_scale
     bits = tl.dot(q, keys.T, out_dtype=tl.int32) + MAGIC_BITS
-    scores = bits.to(tl.float32, bitcast=True)
     if MASK:
         token = start + column
         if FP8:
             token = start + column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
-        scores = tl.where((token < k_tokens)[None, :], scores, float("-inf"))
-    largest = tl.maximum(running_max, (tl.max(scores, 1) - MAGIC) * scale)
+        bits = tl.where((token < k_tokens)[None, :], bits, MINUS_INFINITY_BITS)
+    scores = bits.to(tl.float32, bitcast=True)
+    # of bits, for Hopper compares three integers at once: those of positive floats and of minus infinity have their order
+    top = tl.max(bits, 1).to(tl.float32, bitcast=True)
+    largest = tl.maximum(running_max, (top - MAGIC) * scale)
     shrink = tl.exp2(running_max - largest)
-    offset = MAGIC * scale + largest
     if FP8:
-        offset -= LOG2_E4M3_MAX
-    p = tl.exp2(scores * scale[:, None] - offset[:, None])
-    total = total * shrink + tl.sum(p, 1)
-    if FP8:
+        weights, part = _code(scores, scale, largest, M, N)
+        total = tl.fma(total, tl.broadcast_to(shrink[:, None], total.shape), part)
         if TMA:
             values = v.load([head * D, start])
         else:
             values = tl.load(v + tl.arange(0, D).to(tl.int64)[:, None] * k_padded + (start + column)[None, :])
-        weights = _align_with_operand(p.to(tl.float8e4nv), M, N)
         if EXACT_SUM:
             acc = tl.fma(acc, tl.broadcast_to(shrink[:, None], acc.shape), tl.dot(weights, values.T))
         else:
@@ -120,7 +168,9 @@ def _attend(  # type: ignore[no-untyped-def]
     else:
         address = v + (start + column).to(tl.int64)[:, None] * v_stride + tl.arange(0, D)[None, :]
         values = tl.load(address, (start + column < k_tokens)[:, None], 0.0) if MASK else tl.load(address)
+        p = tl.exp2(scores * scale[:, None] - (scale * MAGIC + largest)[:, None])
         acc = tl.dot(p.to(tl.bfloat16), values, acc * shrink[:, None])
+        total = total * shrink + tl.sum(p, 1)
     return acc, total, largest
 
 
@@ -135,14 +185,23 @@ def _attend_all(  # type: ignore[no-untyped-def]
         k += head.to(tl.int64) * k_padded * D
         v += head.to(tl.int64) * (k_padded * D if FP8 else v_head_stride)
     full_tiles = k_tokens // N
+    k_scale = tl.load(k_scale_ptr)
     for tile in range(full_tiles):
+        if TMA:
+            # the next one is on its way in a register, rather than in shared memory behind a barrier of its own
+            next_scale = tl.load(k_scale_ptr + tl.minimum(tile + 1, full_tiles - 1))
+        else:
+            k_scale = tl.load(k_scale_ptr + tile)
         acc, total, running_max = _attend(
-            q, q_scale, k, v, k_scale_ptr, v_stride, head, tile, k_tokens, k_padded, acc, total, running_max,
+            q, q_scale, k, v, k_scale, v_stride, head, tile, k_tokens, k_padded, acc, total, running_max,
             D, M, N, FP8, TMA, EXACT_SUM, False,
         )  # fmt: skip
+        if TMA:
+            k_scale = next_scale
     if full_tiles * N < k_tokens:
+        k_scale = tl.load(k_scale_ptr + full_tiles)
         acc, total, running_max = _attend(
-            q, q_scale, k, v, k_scale_ptr, v_stride, head, full_tiles, k_tokens, k_padded, acc, total, running_max,
+            q, q_scale, k, v, k_scale, v_stride, head, full_tiles, k_tokens, k_padded, acc, total, running_max,
             D, M, N, FP8, TMA, EXACT_SUM, True,
         )  # fmt: skip
     return acc, total, running_max
@@ -164,7 +223,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     q = tl.load(q_ptr + q_row[:, None] * D + channel[None, :])
     q_scale = tl.load(q_scale_ptr + q_row)
     acc = tl.zeros([M, D], tl.float32)
-    total = tl.zeros([M], tl.float32)
+    total = tl.zeros([M, 8], tl.float32) if FP8 else tl.zeros([M], tl.float32)
     running_max = tl.full([M], float("-inf"), tl.float32)
     if KEPT:
         acc, total, running_max = _attend_all(
@@ -175,6 +234,8 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         q, q_scale, k, v, k_scale_ptr, v_stride, v_head_stride, head, k_tokens, k_padded,
         acc, total, running_max, D, M, N, FP8, TMA, EXACT_SUM,
     )  # fmt: skip
+    if FP8:
+        total = tl.sum(total, 1)
     result = acc * (1.0 / total)[:, None]
     if FP8:
         result *= tl.load(v_scale_ptr + head * D + channel)[None, :]
@@ -292,7 +353,7 @@ def attend(
         made.q, keys, values, made.q_scale, codes.k_scale, codes.v_scale, kept_keys, kept_values, kept.k_scale, out,
         *v_strides, *kept_strides, out.stride(0), q_tokens, k_tokens, q_padded, codes.k.shape[1], kept.tokens, kept.k.shape[1],
         D=width, M=config.rows, N=config.columns, FP8=config.fp8_values, TMA=config.tma,
-        EXACT_SUM=config.exact_sum, KEPT=has_kept, num_warps=config.warps, num_stages=config.stages,
+        EXACT_SUM=config.exact_sum, KEPT=has_kept, num_warps=config.warps, num_stages=config.stages, maxnreg=config.maxnreg,
     )  # fmt: skip
     return out
 

@@ -4,6 +4,9 @@ The method is SageAttention2's (Zhang et al. 2024, arXiv 2411.10958): keys lose 
 does not see but which holds most of their outliers; queries and keys become INT8; the probabilities, in [0, 1], and the
 values become FP8 E4M3. Queries have one scale a token, keys one a block of tokens, values one a channel.
 
+A probability's bits in FP16 are taken for a linear function of its logarithm (`exponentiate`; the idea is Schraudolph's 1999, "A
+Fast, Compact Approximation of the Exponential Function"), which needs no exponential. From there it is rounded to E4M3.
+
 From an edit's second step on, the mean key and the values' scales are those of its first, so that nothing has to be known of all
 tokens before one is coded. Softmax sees no vector that all keys lose, whichever it is; the mean belongs to the weights and the
 prompt more than to the noise, and so takes most of the outliers still. E4M3 is as precise far below its largest number as near
@@ -26,6 +29,8 @@ SMALLEST_AMAX = 1e-12
 VALUE_HEADROOM = 4.0
 """How far the values of later steps may grow beyond the first step's largest. It costs two of some 17 powers of 2."""
 KEY_BLOCK = 128
+E4M3_MAX_BITS = 760
+"""448 in FP16, without the last 5 of its bits."""
 
 
 def quantize_queries(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,6 +65,18 @@ def quantize_values(v: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Ten
     return (v.float() * (1.0 / scale)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
+def exponentiate(log2_p: Tensor) -> Tensor:
+    """About E4M3_MAX * p of log2(p) <= 0, as FP16 numbers with 5 bits of mantissa, in float32.
+
+    The bits of FP16, read as an integer of which 32 are an octave, stand for 2**e * (1 + m / 32) where the power is
+    2**(e + m / 32): the two meet at each power of 2, and between them the first is up to 6% more, 4.06% on average. So the bits of
+    p are round(32 * log2(p)) + 760 with 448 for 1: 448, which these bits stand for, is 4.06% more than 2**(760 / 32 - 15), which
+    takes the average out. What is left is 1.9% in the root mean square, beside the 2.6% of E4M3's rounding.
+    """
+    bits = torch.round(32 * log2_p + E4M3_MAX_BITS).clamp(0, E4M3_MAX_BITS)
+    return (bits.to(torch.int16) << 5).view(torch.float16).float()
+
+
 def attention_int8(q: Tensor, k: Tensor, v: Tensor, block_tokens: int = KEY_BLOCK, fp8_values: bool = True) -> Tensor:
     """softmax(q k^T / sqrt(D)) v without a mask, in 8 bits: BF16 (Q, H * D) from q (Q, H, D), k and v (S, H, D).
 
@@ -90,11 +107,11 @@ def attend(q: Tensor, parts: list[KeysValues], block_tokens: int) -> Tensor:
         scores = scores * (q_scale.T[:, :, None] * k_scale[:, None, None])
         largest = torch.maximum(running_max, scores.amax(dim=-1))
         shrink = torch.exp2(running_max - largest)
-        peak = E4M3_MAX if values.dtype == torch.float8_e4m3fn else 1.0
-        p = torch.exp2(scores - largest[:, :, None] + math.log2(peak)).clamp_max(peak)
-        rounded = p.to(values.dtype).float()
+        log2_p = scores - largest[:, :, None]
+        p = exponentiate(log2_p) if values.dtype == torch.float8_e4m3fn else torch.exp2(log2_p)
+        weights = p.to(values.dtype).float()
         total = total * shrink + p.sum(dim=-1)
-        weighted = weighted * shrink[:, :, None] + torch.einsum("hqs,shd->hqd", rounded, values.float())
+        weighted = weighted * shrink[:, :, None] + torch.einsum("hqs,shd->hqd", weights, values.float())
         running_max = largest
     result = weighted / total[:, :, None] * parts[0].v_scale[:, None, :]
     return result.permute(1, 0, 2).reshape(tokens, heads * width).to(torch.bfloat16)
