@@ -1,0 +1,354 @@
+"""What will happen on a whole machine: formats, where everything lies, how long an edit takes, what it costs; with reasons.
+
+`planner.plan` decides on formats and kernels, and is what loading carries out; this adds the rest. It is pure: the same question on
+the same day has the same answer.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from functools import cache
+from pathlib import Path
+from typing import get_args
+
+from millicent.engine.placement import Components, Placement, place, weigh
+from millicent.engine.planner import TENSOR_CORES, Capability, EncoderFormat, Plan, plan
+from millicent.engine.predictions import CARD_STAGES, Draw, Estimate, Layouts, estimate, has_rates, link_gb_per_s, shares_of
+from millicent.engine.settings import Format, Settings
+from millicent.errors import InputError, MachineError
+from millicent.facts.gpus import Gpu, identify, read_gpus
+from millicent.facts.prices import RentalPrice, is_stale, prices_of
+from millicent.hardware.machine import MIB, Card, Machine, machine_of
+from millicent.model.config import MMDiTConfig
+from millicent.model.sizes import ModelSizes, Workload, block_bytes, block_matrices
+
+WAVE_SHARE = 0.01  # of a wave's time that the exchange of text encoder and transformer may take
+_USD = Decimal("0.0000001")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PricedImage:
+    """One picture at one rental price. usd: with the card never idle. stale: nobody has looked at the price for long."""
+
+    price: RentalPrice
+    usd: Decimal
+    stale: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """Another format on the same machine, or the chosen one. seconds: of one picture of a row; None with `refused` or no rates."""
+
+    format: Format
+    text_encoder: EncoderFormat | None
+    seconds: float | None
+    usd: tuple[Decimal, Decimal] | None
+    in_turn: bool
+    streams: bool
+    refused: str | None
+    chosen: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachinePlan:
+    """What will happen on a machine.
+
+    formats: of the networks, and attention. gpu: the card's row in the table; None for a card that is not there, whose times are
+    not predicted. components: bytes; placement: where they lie. link_gb_per_s: between host and card. wave: pictures that share
+    one exchange of text encoder and transformer; 1 where they lie there together. stages: of one picture of a row.
+    alone_s: a picture by itself, host and exchange included. prices: the cheapest first. alternatives: the fastest first.
+    """
+
+    card: str
+    gpu: Gpu | None
+    work: Workload
+    formats: Plan
+    components: Components
+    placement: Placement
+    link_gb_per_s: float
+    wave: int
+    stages: Mapping[str, Estimate]
+    alone_s: float | None
+    prices: tuple[PricedImage, ...]
+    alternatives: tuple[Alternative, ...]
+    because: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float | None:
+        """Between one picture of a row and the next: what the card does. The host prepares and writes beside it."""
+        return row_seconds(self.stages)
+
+    @property
+    def images_per_hour(self) -> float | None:
+        return None if self.seconds is None else 3600 / self.seconds
+
+
+def row_seconds(stages: Mapping[str, Estimate]) -> float | None:
+    return sum(stages[stage].seconds for stage in CARD_STAGES if stage in stages) or None
+
+
+def plan_machine(
+    model: ModelSizes,
+    machine: Machine,
+    settings: Settings,
+    work: Workload,
+    *,
+    on: datetime.date,
+    gpu: Gpu | None = None,
+    prices: Path | None = None,
+    compares: bool = True,
+) -> MachinePlan:
+    """The whole plan for the machine's first card.
+
+    on: the day whose prices count. gpu: the card's row where it is known already; else its reported name tells. prices: a folder of
+    newer ones. compares: plan the other formats too.
+    Raises MachineError for no card, a card or host that is too small, or a format that the card does not run; InputError for the
+    plain network, which has no plan.
+    """
+    card = machine.card
+    if card is None:
+        told = machine.no_cards_because or "none was found"
+        raise MachineError(f"This machine has no NVIDIA card: {told}.", 'Name one to plan for: millicent plan --gpu "RTX 4090".')
+    gpu = _limit_power(gpu or identify(card.name, card.capability, card.memory_mib), card)
+    asked = _Asked(model, work, card, gpu, machine.ram_available_bytes, on, prices)
+    made = asked.lay_out(asked.choose(settings))
+    others = _compare(asked, settings, made.formats) if compares else ()
+    return replace(made, alternatives=others, because=(*made.because, *_tell_faster(made.formats, gpu, others)))
+
+
+def _limit_power(gpu: Gpu | None, card: Card) -> Gpu | None:
+    """The row with no more power than the card is set to."""
+    if gpu is None or gpu.power_w is None or not card.power_limit_w or card.power_limit_w >= gpu.power_w:
+        return gpu
+    return replace(gpu, power_w=round(card.power_limit_w))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The question, but for the formats: as plan_machine's arguments. host_bytes: that the host has free."""
+
+    model: ModelSizes
+    work: Workload
+    card: Card
+    gpu: Gpu | None
+    host_bytes: int
+    on: datetime.date
+    prices: Path | None
+
+    @property
+    def name(self) -> str:
+        return self.gpu.name if self.gpu else self.card.name
+
+    @property
+    def capability(self) -> Capability:
+        """Raises MachineError where nothing tells it."""
+        found = self.card.capability or (self.gpu.capability if self.gpu else None)
+        if found is None:
+            raise MachineError(f"The compute capability of {self.name} is not known.", "Name the card with --gpu.")
+        return found
+
+    def choose(self, settings: Settings) -> Plan:
+        """Raises as plan_machine."""
+        chosen = plan(settings, self.capability, self.name)
+        if chosen is None:
+            raise InputError("The plain network has no formats to plan.", "Leave out --plain.")
+        return chosen
+
+    def lay_out(self, formats: Plan) -> MachinePlan:
+        """Placement, times and prices. Raises as plan_machine."""
+        components = self._weigh(formats)
+        placement = place(components, self.card.free_mib * MIB, self.host_bytes)
+        link = link_gb_per_s(
+            self.card.pcie_max_generation or self.card.pcie_generation, self.card.pcie_max_lanes or self.card.pcie_lanes
+        )
+        stages, wave = self._time(formats, placement, link)
+        exchange_s = placement.exchanged_bytes / (1e9 * link)
+        alone = sum(each.seconds for stage, each in stages.items() if stage != "exchange") + exchange_s
+        return MachinePlan(
+            card=self.name,
+            gpu=self.gpu,
+            work=self.work,
+            formats=formats,
+            components=components,
+            placement=placement,
+            link_gb_per_s=link,
+            wave=wave,
+            stages=stages,
+            alone_s=alone if stages else None,
+            prices=_price(self.gpu, row_seconds(stages), self.on, self.prices),
+            alternatives=(),
+            because=(*formats.because, placement.because, *_tell_missing(placement), _tell_times(self, formats, stages)),
+        )
+
+    def _weigh(self, formats: Plan) -> Components:
+        return weigh(
+            self.model,
+            self.work,
+            block_sizes(self.model.transformer, formats),
+            number_format=formats.format,
+            text_encoder=formats.text_encoder,
+            attention=formats.attention,
+            reuses=formats.reuse_reference,
+            has_fp8=self.capability in TENSOR_CORES["fp8"],
+        )
+
+    def _time(self, formats: Plan, placement: Placement, link: float) -> tuple[dict[str, Estimate], int]:
+        """Estimates by stage, none for a card without rates; and the pictures of a wave."""
+        attention = "int8" if formats.attention == "int8" else "exact"
+        if self.gpu is None or not has_rates(self.gpu, formats.format, formats.text_encoder, attention):
+            return {}, 1
+        draw = Draw(
+            layouts=block_layouts(self.model.transformer, formats.format, formats.bf16_down, formats.bf16_edge_blocks),
+            text_encoder=formats.text_encoder,
+            attention=attention,
+            reuses=formats.reuse_reference,
+            streamed_step_bytes=placement.streamed_step_bytes,
+            streamed_text_bytes=placement.streamed_text_bytes,
+        )
+        stages = estimate(self.model, self.work, self.gpu, draw, link)
+        seconds = row_seconds(stages)
+        if not placement.exchanged_bytes or seconds is None:
+            return stages, 1
+        wave = math.ceil(placement.exchanged_bytes / (1e9 * link) / (WAVE_SHARE * seconds))
+        shared = replace(draw, exchanged_bytes=placement.exchanged_bytes / wave)
+        return estimate(self.model, self.work, self.gpu, shared, link), wave
+
+
+def block_sizes(config: MMDiTConfig, formats: Plan) -> tuple[int, ...]:
+    """Bytes of each of the transformer's blocks."""
+    return _block_sizes(config, formats.format, formats.bf16_down, formats.bf16_edge_blocks)
+
+
+@cache
+def _block_sizes(config: MMDiTConfig, number_format: Format, bf16_down: bool, bf16_edge_blocks: int) -> tuple[int, ...]:
+    format_of = _bare_plan(number_format, bf16_down, bf16_edge_blocks).format_of
+    return tuple(block_bytes(config, number, format_of) for number in range(config.num_layers))
+
+
+@cache
+def block_layouts(config: MMDiTConfig, number_format: Format, bf16_down: bool, bf16_edge_blocks: int) -> Layouts:
+    """How many blocks have their linears in which formats."""
+    format_of = _bare_plan(number_format, bf16_down, bf16_edge_blocks).format_of
+    layers = config.num_layers
+    return Counter(tuple(format_of(m.name, layers) for m in block_matrices(config, number)) for number in range(layers))
+
+
+def _bare_plan(number_format: Format, bf16_down: bool, bf16_edge_blocks: int) -> Plan:
+    """A plan for its formats alone."""
+    return Plan(number_format, "bf16", "math", False, bf16_down, bf16_edge_blocks, ())
+
+
+def _tell_missing(placement: Placement) -> tuple[str, ...]:
+    if placement.is_carried_out:
+        return ()
+    return ("this placement is a plan alone: the engine of today keeps everything on the card, and may find it too small",)
+
+
+def _tell_times(asked: _Asked, formats: Plan, stages: Mapping[str, Estimate]) -> str:
+    if asked.gpu is None:
+        return f"{asked.name} is not in our table of cards: its times and prices are not known"
+    if not stages:
+        return f"our table lacks rates of {asked.name} for {formats.format}: its times are not known"
+    first = next(iter(stages.values()))
+    if first.kind == "measured":
+        return "times as measured on this card, for this very edit"
+    told = "calibrated by runs on a card of this kind" if first.kind == "calibrated" else "modelled: we have not run this card"
+    return f"times {told}, within {first.error or 0:.0%}; the shares of its rates are from {shares_of(asked.gpu).source}"
+
+
+def _price(gpu: Gpu | None, seconds: float | None, on: datetime.date, folder: Path | None) -> tuple[PricedImage, ...]:
+    if gpu is None or seconds is None:
+        return ()
+    return tuple(
+        PricedImage(price=price, usd=usd_per_image(price.usd_per_hour, seconds), stale=is_stale(price, on))
+        for price in prices_of(gpu.name, on, folder)
+    )
+
+
+def usd_per_image(usd_per_hour: Decimal, seconds: float) -> Decimal:
+    """To a hundredth of a millicent, with the card never idle."""
+    return (usd_per_hour * Decimal(repr(seconds)) / 3600).quantize(_USD)
+
+
+def price_range(prices: Iterable[PricedImage]) -> tuple[Decimal, Decimal] | None:
+    """The lowest and the highest of an image."""
+    usd = [priced.usd for priced in prices]
+    return (min(usd), max(usd)) if usd else None
+
+
+def _compare(asked: _Asked, settings: Settings, chosen: Plan) -> tuple[Alternative, ...]:
+    """Every format, the fastest first, then what has no times, then what cannot run."""
+    found = [_try_format(asked, replace(settings, format=name), name, name == chosen.format) for name in get_args(Format)]
+    return tuple(sorted(found, key=lambda each: (each.refused is not None, each.seconds is None, each.seconds or 0.0)))
+
+
+def _try_format(asked: _Asked, settings: Settings, name: Format, is_chosen: bool) -> Alternative:
+    try:
+        made = asked.lay_out(asked.choose(settings))
+    except MachineError as error:
+        return _refused(name, error.message, is_chosen)
+    return Alternative(
+        format=name,
+        text_encoder=made.formats.text_encoder,
+        seconds=made.seconds,
+        usd=price_range(made.prices),
+        in_turn=made.placement.in_turn,
+        streams=bool(made.placement.streamed_step_bytes or made.placement.streamed_text_bytes),
+        refused=None,
+        chosen=is_chosen,
+    )
+
+
+def _refused(name: Format, why: str, chosen: bool) -> Alternative:
+    return Alternative(
+        format=name, text_encoder=None, seconds=None, usd=None, in_turn=False, streams=False, refused=why, chosen=chosen
+    )
+
+
+def _tell_faster(chosen: Plan, gpu: Gpu | None, alternatives: tuple[Alternative, ...]) -> tuple[str, ...]:
+    taken = next((each for each in alternatives if each.chosen), None)
+    if gpu is None or taken is None or taken.seconds is None or alternatives[0].seconds is None or alternatives[0].chosen:
+        return ()
+    best = alternatives[0]
+    assert best.seconds is not None
+    times = f"{taken.seconds / best.seconds:.2f} times as fast as {chosen.format}"
+    why = f", as the tensor cores of {gpu.name} run INT8 at a higher rate than FP8" if _has_fast_int8(best.format, gpu) else ""
+    return (f"{best.format} is predicted to be {times}{why}; it is not chosen until it has been measured (--format {best.format})",)
+
+
+def _has_fast_int8(number_format: Format, gpu: Gpu) -> bool:
+    """Of GeForce cards, which halve FP8's rate where the sums are FP32."""
+    return number_format == "int8" and (gpu.int8_tops or 0) > 1.5 * (gpu.fp8_tflops or math.inf)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """Every card of the table on which the model runs: those with a price by the cheapest image, then the others by seconds.
+
+    refused: (card, why) of the rest.
+    """
+
+    plans: tuple[MachinePlan, ...]
+    refused: tuple[tuple[str, str], ...]
+
+
+def rank_cards(model: ModelSizes, settings: Settings, work: Workload, *, on: datetime.date, prices: Path | None = None) -> Ranking:
+    """Each card as a whole rental, with 64 GiB of memory on its host. on, prices: as plan_machine's."""
+    plans, refused = [], []
+    for gpu in read_gpus():
+        machine = machine_of(gpu, checked=on.isoformat())
+        try:
+            plans.append(plan_machine(model, machine, settings, work, on=on, gpu=gpu, prices=prices))
+        except MachineError as error:
+            refused.append((gpu.name, error.message))
+    return Ranking(plans=tuple(sorted(plans, key=_rank)), refused=tuple(refused))
+
+
+def _rank(planned: MachinePlan) -> tuple[bool, Decimal, float, str]:
+    usd = price_range(planned.prices)
+    return usd is None, usd[0] if usd else Decimal(0), planned.seconds or math.inf, planned.card
