@@ -10,7 +10,18 @@ from pathlib import Path
 from millicent import errors
 
 PAGE = Path(__file__).parent / "cli.md"
-COMMANDS = ((), ("edit",), ("inspect",), ("pull",), ("convert",))
+COMMANDS = (
+    (),
+    ("preflight",),
+    ("gpus",),
+    ("plan",),
+    ("pull",),
+    ("inspect",),
+    ("convert",),
+    ("edit",),
+    ("cost",),
+    ("cost", "refresh"),
+)
 PLAIN = {"COLUMNS": "110", "TERMINAL_WIDTH": "110", "NO_COLOR": "1", "TERM": "dumb"}
 
 

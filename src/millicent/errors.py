@@ -9,7 +9,9 @@
     |   |-- PromptTooLongError         15   beyond the encoder's limit
     |   |-- SizeError                  16   an output size that no model can draw
     |   |-- ScheduleError              17   steps or sigmas that are no schedule
-    |   `-- InputNotFoundError         18   the input file is not there
+    |   |-- InputNotFoundError         18   the input file is not there
+    |   `-- UnknownGpuError,           19   a card's name that our table does not have, or has several times
+    |       AmbiguousGpuError               (facts/gpus.py)
     |-- OutputError                    20   the result cannot be written
     |-- CheckpointError                30   weights that cannot be trusted
     |   |-- ModelNotFoundError         31   no such folder or name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
 import sys
@@ -14,7 +15,12 @@ import typer
 from typer.testing import CliRunner, Result
 
 from millicent.cli.cost import cost
+from millicent.engine import workload
+from millicent.engine.machine_plan import plan_machine
+from millicent.engine.settings import Settings
 from millicent.errors import InputError, MillicentError
+from millicent.facts.gpus import find_gpu
+from millicent.hardware.machine import machine_of
 
 JOB = ("--images", "50000", "--variants", "3", "--gpu", "rtx 4090", "--seconds", "5", "--on", "2026-11-25")
 CATALOG = """\
@@ -111,6 +117,19 @@ def test_the_text_says_what_the_json_says() -> None:
     assert "gemini-3.1-flash-lite-image" in text
 
 
+def test_seconds_that_are_not_given_are_the_planners() -> None:
+    result = run("--images", "1000", "--gpu", "H100 SXM", "--on", "2026-11-25", "--busy", "1", "--reject", "0", "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    day = datetime.date(2026, 11, 25)
+    asked, card = workload.ask(), find_gpu("H100 SXM")
+    planned = plan_machine(asked.model, machine_of(card), Settings(), asked.work, on=day, gpu=card, compares=False)
+    assert planned.seconds is not None
+    busy = next(part for part in answer["parts"] if part["name"] == "busy")
+    assert float(busy["hours"]) * 3600 == pytest.approx(1000 * planned.seconds, rel=1e-4)
+    assert any("calibrated within" in line for line in answer["assumptions"])
+
+
 def test_rejects_can_be_left_out() -> None:
     assert ask("--leave-rejects", "--reject", "0.1")["accepted"] == "135000.0"
 
@@ -118,7 +137,7 @@ def test_rejects_can_be_left_out() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (JOB[:6], "--seconds"),
+        (("--images", "5", "--gpu", "RTX 5090 D", "--price", "1"), "--seconds"),  # a card whose rates nobody publishes
         (("--images", "5", "--seconds", "5"), "--gpu"),
         (("--gpu", "RTX 4090", "--seconds", "5"), "--images"),
         ((*JOB, "--busy", "lots"), "no number"),

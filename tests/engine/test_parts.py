@@ -300,7 +300,7 @@ def test_what_planned_networks_take_is_told_before() -> None:
             tensor.numel() * tensor.element_size()
             for state in states
             for key, tensor in state.items()
-            if not key.endswith("weight_scale")
+            if not key.endswith("weight_scale") and "embed_tokens" not in key  # the table stays on the host
         )
         told = parts._needed_bytes(found[network].component, True, torch.bfloat16, chosen)
         # norms within the blocks, and the biases that FP8's products want in BF16

@@ -9,8 +9,12 @@ import typer
 
 import millicent
 from millicent.cli.convert import convert
+from millicent.cli.cost import cost
 from millicent.cli.edit import edit
+from millicent.cli.gpus import gpus
 from millicent.cli.inspect import inspect
+from millicent.cli.plan import plan
+from millicent.cli.preflight import preflight
 from millicent.cli.pull import pull
 from millicent.errors import MillicentError
 
@@ -35,10 +39,15 @@ def options(
     """Edit product images with open models, for tens of millicents an image."""
 
 
-app.command()(edit)
-app.command()(inspect)
+# in the order of a first day: will this machine do, which card, the weights, a picture, the bill
+app.command()(preflight)
+app.command()(gpus)
+app.command()(plan)
 app.command()(pull)
+app.command()(inspect)
 app.command()(convert)
+app.command()(edit)
+app.add_typer(cost, name="cost")
 
 
 def main() -> None:

@@ -18,6 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from millicent.cost import PARTS, Bill, Comparison, Job, compare, forecast
+from millicent.engine.machine_plan import plan_machine
+from millicent.engine.settings import Settings
+from millicent.engine.workload import ask
 from millicent.errors import InputError
 from millicent.facts import apis
 from millicent.facts.gpus import Gpu, find_gpu
@@ -33,6 +36,7 @@ from millicent.facts.prices import (
     read_egress,
     read_storage,
 )
+from millicent.hardware.machine import machine_of
 from millicent.live_prices import Refreshed, refresh
 
 cost = typer.Typer(
@@ -75,7 +79,7 @@ def forecast_cost(
     gpu: Annotated[str | None, typer.Option(help='The card, as "RTX 4090".')] = None,
     images: Annotated[int | None, typer.Option(help="Pictures to edit.")] = None,
     variants: Annotated[int, typer.Option(help="Edits of each.")] = DEFAULT.variants,
-    seconds: Annotated[Decimal | None, number("Seconds of one edit on this card.", "<s>")] = None,
+    seconds: Annotated[Decimal | None, number("Seconds of one edit on this card. Default: as `millicent plan` says.", "<s>")] = None,
     busy: Annotated[Decimal, number("Share of the rented time that loaded cards work.", "<share>")] = DEFAULT.busy_share,
     reject: Annotated[Decimal, number("Share of the images that nobody wants.", "<share>")] = DEFAULT.reject_share,
     leave_rejects: Annotated[
@@ -113,8 +117,8 @@ def forecast_cost(
     if gpu is None or images is None:
         raise typer.BadParameter("Give --gpu and --images, as in --gpu 'RTX 4090' --images 50000.")
     card = find_gpu(gpu)
-    each_s, because = seconds_of(card, seconds)
     day = on or datetime.date.today()
+    each_s, because = seconds_of(card, seconds, day)
     chosen, others = choose_prices(card, day, price, provider, kind)
     storage = storage_of(chosen, storage_price, day)
     kept_gb = storage_gb if storage_gb is not None else STORAGE_GB if storage else Decimal(0)
@@ -148,11 +152,20 @@ def forecast_cost(
         show(card, bill, other_bills, compared, warnings)
 
 
-def seconds_of(card: Gpu, given: Decimal | None) -> tuple[Decimal, str]:
-    """The seconds of one edit on a card, and where they come from."""
-    if given is None:
-        raise typer.BadParameter(f"Give the seconds of one edit on the {card.name}.", param_hint="--seconds")
-    return given, "given with --seconds"
+def seconds_of(card: Gpu, given: Decimal | None, day: datetime.date) -> tuple[Decimal, str]:
+    """The seconds of one edit on a card, and where they come from. Raises MachineError for a card that cannot draw."""
+    if given is not None:
+        return given, "given with --seconds"
+    asked = ask()
+    machine = machine_of(card, checked=day.isoformat())
+    planned = plan_machine(asked.model, machine, Settings(), asked.work, on=day, gpu=card, compares=False)
+    if planned.seconds is None:
+        raise typer.BadParameter(f"Give the seconds of one edit: our table lacks the {card.name}'s rates.", param_hint="--seconds")
+    denoise = planned.stages["denoise"]
+    known = denoise.kind if denoise.error is None else f"{denoise.kind} within {denoise.error:.0%}"
+    today = "" if planned.placement.is_carried_out else ", with weights placed as today's engine cannot yet"
+    told = f"by `millicent plan`: {asked.title} in {planned.formats.format} at 1024x1024, {known}{today}"
+    return Decimal(f"{planned.seconds:.4f}"), told
 
 
 def choose_prices(

@@ -151,10 +151,9 @@ def _needed_bytes(component: Component, keep_codes: bool, dtype: torch.dtype, pl
 
 
 def _fp8_encoder_bytes(component: Component, dtype: torch.dtype) -> int:
-    """Of the text encoder with its linears in FP8; the table of embeddings stays as it is."""
-    tensors = text_encoder_tensors(component.config)
-    is_code = {name: len(shape) == 2 and "embed_tokens" not in name for name, shape in tensors.items()}
-    return sum(math.prod(shape) * (1 if is_code[name] else dtype.itemsize) for name, shape in tensors.items())
+    """Of the text encoder with its linears in FP8, without the table of embeddings, which stays on the host."""
+    tensors = {name: shape for name, shape in text_encoder_tensors(component.config).items() if "embed_tokens" not in name}
+    return sum(math.prod(shape) * (1 if len(shape) == 2 else dtype.itemsize) for shape in tensors.values())
 
 
 def _planned_bytes(component: Component, plan: Plan, dtype: torch.dtype) -> int:

@@ -7,21 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from millicent.engine.settings import Format, Settings
+from millicent.engine.settings import FORMATS, Format, Settings
 from millicent.errors import MachineError
+from millicent.facts.formats import tensor_core_capabilities
 
 Capability = tuple[int, int]
 Backend = Literal["cudnn", "flash", "math", "int8"]
 EncoderFormat = Literal["bf16", "fp8"]
 
-# what a card's tensor cores run, from NVIDIA's tables; never by >=: 10.3 lost most of its INT8, and 12.x is no superset of 10.x
-TENSOR_CORES: Mapping[Format, frozenset[Capability]] = {
-    "bf16": frozenset({(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)}),
-    "fp8": frozenset({(8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)}),
-    "int8": frozenset({(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)}),
-    "int8-weight": frozenset({(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)}),
-    "nvfp4": frozenset({(10, 0), (10, 3), (12, 0), (12, 1)}),
-}
+TENSOR_CORES: Mapping[Format, frozenset[Capability]] = {name: tensor_core_capabilities(name) for name in FORMATS}
 # of one weight with its share of the scales
 FORMAT_BYTES: Mapping[Format, float] = {"bf16": 2, "fp8": 1, "int8": 1, "int8-weight": 1, "nvfp4": 0.5625}
 _DOWN = re.compile(r"\.(img|txt)_mlp\.net\.2$")
@@ -87,8 +81,8 @@ def _choose_format(asked: Format | None, capability: Capability | None, card: st
 
 
 def _choose_encoder(transformer: Format, capability: Capability | None) -> tuple[EncoderFormat, str]:
-    if capability is not None and transformer in ("fp8", "nvfp4"):  # a card that has FP4 has FP8
-        return "fp8", "the text encoder in fp8 too, with half the bytes"
+    if transformer != "bf16" and capability in TENSOR_CORES["fp8"]:
+        return "fp8", "the text encoder in fp8, with half the bytes"
     return "bf16", "the text encoder in plain numbers"
 
 
