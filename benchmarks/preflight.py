@@ -26,7 +26,7 @@ FIRST_STAGE = """
 import time
 started = time.perf_counter()
 from pathlib import Path
-from millicent.hardware.needs import needs_of
+from millicent.engine.needs import needs_of
 from millicent.hardware.preflight import check_machine
 from millicent.hardware.probe import probe
 machine = probe({"models": Path("models"), "temporary files": Path("/tmp")})

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from millicent.cli import plan as command
 from millicent.cli.bars import Bar, draw_bars
+from millicent.cli.plan_view import ARTICLE
 from millicent.errors import InputError, MachineError, SizeError
 from millicent.facts.gpus import AmbiguousGpuError, UnknownGpuError, read_gpus
 
@@ -114,9 +115,9 @@ def test_all_cards_are_ranked_by_dollars() -> None:
     assert priced == sorted(priced)
     assert len(made["cards"]) + len(made["refused"]) == len(read_gpus())
     shown = run("--all")
-    assert set(command.ARTICLE) <= {card["card"] for card in made["cards"]}
+    assert set(ARTICLE) <= {card["card"] for card in made["cards"]}
     marked = [line for line in shown.splitlines() if line.strip().startswith("*") or "article" in line]
-    assert len(marked) == 1 + len(command.ARTICLE)
+    assert len(marked) == 1 + len(ARTICLE)
     assert "cards have no rental price" in shown
     assert "Cards on which nothing runs: T4" in shown
 
@@ -141,7 +142,7 @@ def test_the_ranking_is_drawn(tmp_path: Path) -> None:
     run("--all", "--plot", str(path))
     texts = [node.text or "" for node in ET.parse(path).getroot().iter(f"{SVG}text")]
     assert texts[0] == "Millicents an image"
-    assert {f"{card}" for card in command.ARTICLE} <= {text.rpartition(",")[0] for text in texts}
+    assert {f"{card}" for card in ARTICLE} <= {text.rpartition(",")[0] for text in texts}
 
 
 def test_a_plan_is_drawn_by_its_stages(tmp_path: Path) -> None:

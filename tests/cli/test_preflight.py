@@ -37,7 +37,7 @@ def no_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
 
 
-@pytest.mark.parametrize(("name", "code"), [("rtx-4090", 0), ("rtx-3090", 1), ("rtx-5090-cu126", 2)])
+@pytest.mark.parametrize(("name", "code"), [("rtx-4090", 0), ("rtx-4090-riser", 1), ("rtx-5090-cu126", 2)])
 def test_the_exit_code_tells_how_it_stands(name: str, code: int) -> None:
     assert run_on(name)[0] == code
 
@@ -57,6 +57,7 @@ def test_json_is_one_object() -> None:
     wrong = {finding["name"]: finding for finding in found["findings"] if finding["level"] == "error"}
     assert wrong.keys() == {"models disk"}
     assert wrong["models disk"].keys() == {"level", "name", "found", "wanted", "command"}
+    assert found["needs"]["card_bytes"] == found["needs"]["weights_bytes"] + found["needs"]["working_bytes"]
     assert from_json(json.dumps(found["machine"])) == from_json((MACHINES / "disk-20gb.json").read_text())
 
 

@@ -178,6 +178,19 @@ def test_int8_is_considered_for_geforce_and_ampere() -> None:
         assert rented(card).formats.format == rented(card).alternatives[0].format == "int8"
 
 
+def test_8_bits_take_the_text_encoder_along_where_the_card_has_fp8() -> None:
+    for number_format in ("int8", "int8-weight"):
+        ada, ampere = (rented(card, format=number_format) for card in ("RTX 4090", "A100 80GB SXM"))
+        assert (ada.formats.text_encoder, ampere.formats.text_encoder) == ("fp8", "bf16")
+    int8, fp8 = rented("RTX 4090", format="int8"), rented("RTX 4090")
+    assert (int8.placement.peak_bytes, weights(int8)) == (fp8.placement.peak_bytes, "stay")
+
+
+def test_a_placement_of_tomorrow_says_what_today_s_engine_wants() -> None:
+    assert any("the engine of today wants 29.9 GiB free" in line for line in rented("RTX 3090").because)
+    assert not any("engine of today" in line for line in rented("RTX 4090").because)
+
+
 def test_every_format_is_among_the_alternatives_with_its_time_or_its_refusal() -> None:
     for card in ARTICLE:
         made = rented(card)
@@ -239,7 +252,7 @@ def test_the_plain_network_has_no_plan() -> None:
 
 
 def test_what_is_too_large_is_refused_with_its_numbers() -> None:
-    with pytest.raises(MachineError, match=r"takes \d+\.\d GB of the card's memory even with all weights streamed"):
+    with pytest.raises(MachineError, match=r"takes \d+\.\d GiB of the card's memory even with all weights streamed"):
         planned(read("rtx-4070-ti"), Settings(reuse_reference=True), Workload(references=16))
 
 

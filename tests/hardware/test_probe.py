@@ -59,7 +59,7 @@ def test_nothing_heavy_is_imported() -> None:
 import sys
 from pathlib import Path
 import millicent.cli.preflight
-from millicent.hardware.needs import needs_of
+from millicent.engine.needs import needs_of
 from millicent.hardware.preflight import check_machine
 from millicent.hardware.probe import probe
 machine = probe({"models": Path("models")})

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from millicent.engine.needs import needs_of
 from millicent.hardware.findings import Finding
 from millicent.hardware.machine import from_json
-from millicent.hardware.needs import needs_of
 from millicent.hardware.preflight import check_machine
 from millicent.hardware.report import write_report
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from millicent.engine.needs import needs_of
 from millicent.hardware import trial
 from millicent.hardware.findings import Finding
 from millicent.hardware.judging import Ended, judge, run_trial, trial_command
 from millicent.hardware.machine import Machine, from_json
-from millicent.hardware.needs import needs_of
 from millicent.hardware.recipes import known_failure
 
 MACHINES = Path(__file__).parent.parent / "machines"

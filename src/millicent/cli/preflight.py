@@ -17,12 +17,13 @@ from rich.table import Table
 
 import millicent
 from millicent.cli.pull import default_folder
+from millicent.engine.needs import needs_of
 from millicent.errors import InputError, InputNotFoundError, OutputError
 from millicent.hardware.findings import Finding, exit_code, ok, warning
 from millicent.hardware.host_checks import HUB_CACHE, KERNELS, MODELS, TEMPORARY
 from millicent.hardware.judging import judge, run_trial, trial_command
 from millicent.hardware.machine import Machine, from_json, to_json
-from millicent.hardware.needs import Needs, needs_of
+from millicent.hardware.needs import Needs
 from millicent.hardware.network import start_asking
 from millicent.hardware.preflight import check_machine
 from millicent.hardware.probe import probe
@@ -139,6 +140,7 @@ def summarize(machine: Machine, needs: Needs, findings: tuple[Finding, ...]) -> 
         "model": needs.model,
         "format": needs.format,
         "exit_code": exit_code(findings),
+        "needs": {"card_bytes": needs.card_bytes, "disk_bytes": needs.disk_bytes, **dataclasses.asdict(needs)},
         "findings": [dataclasses.asdict(finding) for finding in findings],
         "machine": dataclasses.asdict(machine),
     }

@@ -23,7 +23,7 @@ from millicent.engine.settings import Format, Settings
 from millicent.errors import InputError, MachineError
 from millicent.facts.gpus import Gpu, identify, read_gpus
 from millicent.facts.prices import RentalPrice, is_stale, prices_of
-from millicent.hardware.machine import MIB, Card, Machine, machine_of
+from millicent.hardware.machine import GIB, MIB, Card, Machine, machine_of
 from millicent.model.config import MMDiTConfig
 from millicent.model.sizes import ModelSizes, Workload, block_bytes, block_matrices
 
@@ -147,7 +147,7 @@ class _Asked:
     @property
     def capability(self) -> Capability:
         """Raises MachineError where nothing tells it."""
-        found = self.card.capability or (self.gpu.capability if self.gpu else None)
+        found = capability_of(self.card, self.gpu)
         if found is None:
             raise MachineError(f"The compute capability of {self.name} is not known.", "Name the card with --gpu.")
         return found
@@ -161,7 +161,7 @@ class _Asked:
 
     def lay_out(self, formats: Plan) -> MachinePlan:
         """Placement, times and prices. Raises as plan_machine."""
-        components = self._weigh(formats)
+        components = weigh_plan(self.model, self.work, formats, self.capability)
         placement = place(components, self.card.free_mib * MIB, self.host_bytes)
         link = link_gb_per_s(
             self.card.pcie_max_generation or self.card.pcie_generation, self.card.pcie_max_lanes or self.card.pcie_lanes
@@ -182,19 +182,12 @@ class _Asked:
             alone_s=alone if stages else None,
             prices=_price(self.gpu, row_seconds(stages), self.on, self.prices),
             alternatives=(),
-            because=(*formats.because, placement.because, *_tell_missing(placement), _tell_times(self, formats, stages)),
-        )
-
-    def _weigh(self, formats: Plan) -> Components:
-        return weigh(
-            self.model,
-            self.work,
-            block_sizes(self.model.transformer, formats),
-            number_format=formats.format,
-            text_encoder=formats.text_encoder,
-            attention=formats.attention,
-            reuses=formats.reuse_reference,
-            has_fp8=self.capability in TENSOR_CORES["fp8"],
+            because=(
+                *formats.because,
+                placement.because,
+                *_tell_missing(components, placement),
+                _tell_times(self, formats, stages),
+            ),
         )
 
     def _time(self, formats: Plan, placement: Placement, link: float) -> tuple[dict[str, Estimate], int]:
@@ -219,6 +212,25 @@ class _Asked:
         return estimate(self.model, self.work, self.gpu, shared, link), wave
 
 
+def capability_of(card: Card, gpu: Gpu | None) -> Capability | None:
+    """As the driver tells it, or the table; gpu: the card's row there."""
+    return card.capability or (gpu.capability if gpu else None)
+
+
+def weigh_plan(model: ModelSizes, work: Workload, formats: Plan, capability: Capability | None) -> Components:
+    """What the planned formats weigh. capability: of the card; None where it is not known."""
+    return weigh(
+        model,
+        work,
+        block_sizes(model.transformer, formats),
+        number_format=formats.format,
+        text_encoder=formats.text_encoder,
+        attention=formats.attention,
+        reuses=formats.reuse_reference,
+        has_fp8=capability in TENSOR_CORES["fp8"],
+    )
+
+
 def block_sizes(config: MMDiTConfig, formats: Plan) -> tuple[int, ...]:
     """Bytes of each of the transformer's blocks."""
     return _block_sizes(config, formats.format, formats.bf16_down, formats.bf16_edge_blocks)
@@ -226,27 +238,28 @@ def block_sizes(config: MMDiTConfig, formats: Plan) -> tuple[int, ...]:
 
 @cache
 def _block_sizes(config: MMDiTConfig, number_format: Format, bf16_down: bool, bf16_edge_blocks: int) -> tuple[int, ...]:
-    format_of = _bare_plan(number_format, bf16_down, bf16_edge_blocks).format_of
+    format_of = bare_plan(number_format, bf16_down, bf16_edge_blocks).format_of
     return tuple(block_bytes(config, number, format_of) for number in range(config.num_layers))
 
 
 @cache
 def block_layouts(config: MMDiTConfig, number_format: Format, bf16_down: bool, bf16_edge_blocks: int) -> Layouts:
     """How many blocks have their linears in which formats."""
-    format_of = _bare_plan(number_format, bf16_down, bf16_edge_blocks).format_of
+    format_of = bare_plan(number_format, bf16_down, bf16_edge_blocks).format_of
     layers = config.num_layers
     return Counter(tuple(format_of(m.name, layers) for m in block_matrices(config, number)) for number in range(layers))
 
 
-def _bare_plan(number_format: Format, bf16_down: bool, bf16_edge_blocks: int) -> Plan:
+def bare_plan(number_format: Format, bf16_down: bool = False, bf16_edge_blocks: int = 0) -> Plan:
     """A plan for its formats alone."""
     return Plan(number_format, "bf16", "math", False, bf16_down, bf16_edge_blocks, ())
 
 
-def _tell_missing(placement: Placement) -> tuple[str, ...]:
+def _tell_missing(components: Components, placement: Placement) -> tuple[str, ...]:
     if placement.is_carried_out:
         return ()
-    return ("this placement is a plan alone: the engine of today keeps everything on the card, and may find it too small",)
+    wanted = f"{components.whole / GIB:.1f} GiB free, with all weights on the card and recorded graphs"
+    return (f"this placement is a plan alone: the engine of today wants {wanted}",)
 
 
 def _tell_times(asked: _Asked, formats: Plan, stages: Mapping[str, Estimate]) -> str:

@@ -2,14 +2,13 @@
 
 Pure: bytes in, a placement out. The first of these that fits is taken, so that more memory never streams more:
 
-1. everything stays on the card;
-2. the table of embeddings, of which an edit reads a few rows, stays on the host;
-3. no passes are recorded as graphs, whose memory no one else may use;
-4. text encoder and transformer lie on the card in turn, and a wave of pictures shares one exchange;
-5. of the transformer only so many blocks stay as there is room for; the others come through a ring of two, in every step;
-6. the text encoder comes layer by layer too.
+1. everything stays on the card but the table of embeddings, of which an edit reads a few rows: it stays on the host;
+2. no passes are recorded as graphs, whose memory no one else may use;
+3. text encoder and transformer lie on the card in turn, and a wave of pictures shares one exchange;
+4. of the transformer only so many blocks stay as there is room for; the others come through a ring of two, in every step;
+5. the text encoder comes layer by layer too.
 
-1 is what the engine does today, and of 2 to 6 what carries them out is still to be written.
+1 is what the engine does today, and of 2 to 5 what carries them out is still to be written.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ CACHE_BYTES = (512 + 64) << 20  # of what was read and encoded (engine/loading.p
 # Python, torch and CUDA's libraries, and a weight file's buffers while it loads; an estimate
 HOST_BASE_BYTES = 4 << 30
 RING_SLOTS = 2
-_GB = 1e9
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +59,10 @@ class Phases:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Components:
-    """What has to lie somewhere, in bytes. blocks: of the transformer, each. kept: keys and values of references, with reuse."""
+    """What has to lie somewhere, in bytes. blocks: of the transformer, each. kept: keys and values of references, with reuse.
+
+    text_encoder: without its table of embeddings, which is `embedding`.
+    """
 
     blocks: tuple[int, ...]
     edges: int
@@ -81,6 +83,22 @@ class Components:
     @property
     def transformer(self) -> int:
         return sum(self.blocks)
+
+    @property
+    def weights(self) -> int:
+        """All that stays on the card under the first placement."""
+        return self.transformer + self.edges + self.table + self.text_encoder + self.vae
+
+    @property
+    def whole(self) -> int:
+        """Of a card's memory that the first placement takes, which is the one that today's engine carries out."""
+        return self.steady + self.transformer + self.text_encoder + self.kept + self.phases.recorded
+
+    @property
+    def least(self) -> int:
+        """Of a card's memory that the last placement takes, with all weights streamed."""
+        reading = self.steady + self.encoder_ring + self.phases.text
+        return max(reading, self.steady + self.kept + self.ring + self.phases.drawing)
 
     @property
     def ring(self) -> int:
@@ -131,12 +149,17 @@ class Placement:
 
     @property
     def host_bytes(self) -> int:
+        """For what waits there; needed_host_bytes has the engine's own beside it."""
         return sum(part.host_bytes for part in self.parts)
 
     @property
+    def needed_host_bytes(self) -> int:
+        return HOST_BASE_BYTES + self.host_bytes
+
+    @property
     def is_carried_out(self) -> bool:
-        """Whether the engine does it today: it keeps everything on the card, and records graphs."""
-        return self.records_graphs and all(part.where == "card" for part in self.parts)
+        """Whether the engine does it today: it keeps everything on the card but the table of embeddings, and records graphs."""
+        return self.records_graphs and not self.in_turn
 
 
 def weigh(
@@ -214,30 +237,33 @@ def place(parts: Components, free_bytes: int, host_bytes: int) -> Placement:
 
     Raises MachineError for a card that is too small even with everything streamed, and for too small a host to stream from.
     """
-    placement = _place_all(parts, free_bytes) or _place_in_turn(parts, free_bytes)
-    needed = HOST_BASE_BYTES + placement.host_bytes
+    placement = place_on_card(parts, free_bytes)
+    needed = placement.needed_host_bytes
     if needed > host_bytes:
         raise MachineError(
-            f"With {free_bytes / _GB:.1f} GB free on the card, the host needs {needed / _GB:.1f} GB of memory, "
-            f"{placement.host_bytes / _GB:.1f} GB of them for weights that wait there, and has {host_bytes / _GB:.1f} GB free.",
+            f"With {free_bytes / _GIB:.1f} GiB free on the card, the host needs {needed / _GIB:.1f} GiB of memory, "
+            f"{placement.host_bytes / _GIB:.1f} GiB of them for weights that wait there, and has {host_bytes / _GIB:.1f} GiB free.",
             "Use a card or a host with more memory, or a format with fewer bytes.",
         )
     return placement
 
 
+def place_on_card(parts: Components, free_bytes: int) -> Placement:
+    """As `place`, whatever the host has. Raises MachineError for a card that is too small even with everything streamed."""
+    return _place_all(parts, free_bytes) or _place_in_turn(parts, free_bytes)
+
+
 def _place_all(parts: Components, free_bytes: int) -> Placement | None:
-    """Everything on the card, but perhaps the table of embeddings and the graphs; None where that does not fit."""
-    base = parts.steady + parts.transformer + parts.kept + parts.text_encoder
-    for on_card, records in ((True, True), (False, True), (False, False)):
-        needed = base + parts.embedding * on_card
-        peaks = _peaks_of_all(parts.phases, needed, records)
+    """All weights on the card, perhaps without graphs; None where that does not fit."""
+    for records in (True, False):
+        peaks = _peaks_of_all(parts, records)
         if max(size for _, size in peaks) <= free_bytes:
-            told = f"all weights stay on the card: {peaks_told(peaks)} of {free_bytes / _GB:.1f} GB free"
+            told = f"all weights stay on the card: {peaks_told(peaks)} of {free_bytes / _GIB:.1f} GiB free"
             return Placement(
                 parts=(
                     _on_card("transformer", parts.transformer, "it fits"),
                     _on_card("text encoder", parts.text_encoder, "it fits beside the transformer"),
-                    _embedding(parts, on_card),
+                    _embedding(parts),
                     *_small(parts, records),
                 ),
                 in_turn=False,
@@ -254,10 +280,11 @@ def _place_all(parts: Components, free_bytes: int) -> Placement | None:
     return None
 
 
-def _peaks_of_all(phases: Phases, needed: int, records: bool) -> tuple[tuple[str, int], ...]:
+def _peaks_of_all(parts: Components, records: bool) -> tuple[tuple[str, int], ...]:
+    phases, others = parts.phases, parts.whole - parts.phases.recorded
     # a graph keeps its memory when others run; before one is recorded, what is cached is given back
     sizes_of = {"text": phases.text, "VAE encode": phases.vae_encode, "denoise": phases.denoise, "VAE decode": phases.vae_decode}
-    return tuple((name, needed + (phases.recorded if records else size)) for name, size in sizes_of.items())
+    return tuple((name, parts.whole if records else others + size) for name, size in sizes_of.items())
 
 
 def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
@@ -279,7 +306,7 @@ def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
         host_bytes=parts.transformer,
         because="it does not fit beside the text encoder"
         if draws_whole
-        else f"{resident} of {len(parts.blocks)} blocks fit; {streamed / _GB:.1f} GB cross the link in every step",
+        else f"{resident} of {len(parts.blocks)} blocks fit; {streamed / _GIB:.1f} GiB cross the link in every step",
     )
     encoder = PlacedPart(
         name="text encoder",
@@ -291,7 +318,7 @@ def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
     )
     drawing = parts.steady + drawing_card + parts.kept
     return Placement(
-        parts=(transformer, encoder, _embedding(parts, on_card=False), *_small(parts, records=False)),
+        parts=(transformer, encoder, _embedding(parts), *_small(parts, records=False)),
         in_turn=True,
         records_graphs=False,
         resident_blocks=resident,
@@ -311,13 +338,11 @@ def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
 
 
 def _check_least(parts: Components, free_bytes: int) -> None:
-    reading = parts.steady + parts.encoder_ring + parts.phases.text
-    drawing = parts.steady + parts.kept + parts.ring + parts.phases.drawing
-    if max(reading, drawing) > free_bytes:
-        kept = f", {parts.kept / _GB:.1f} GB of them keys and values that are kept" if parts.kept else ""
+    if parts.least > free_bytes:
+        kept = f", {parts.kept / _GIB:.1f} GiB of them keys and values that are kept" if parts.kept else ""
         raise MachineError(
-            f"This edit takes {max(reading, drawing) / _GB:.1f} GB of the card's memory even with all weights streamed{kept}, "
-            f"and {free_bytes / _GB:.1f} GB are free.",
+            f"This edit takes {parts.least / _GIB:.1f} GiB of the card's memory even with all weights streamed{kept}, "
+            f"and {free_bytes / _GIB:.1f} GiB are free.",
             "Use a card with more memory, draw a smaller picture, give fewer references, or reuse none.",
         )
 
@@ -326,9 +351,7 @@ def _on_card(name: str, size_bytes: int, because: str) -> PlacedPart:
     return PlacedPart(name=name, where="card", size_bytes=size_bytes, card_bytes=size_bytes, host_bytes=0, because=because)
 
 
-def _embedding(parts: Components, on_card: bool) -> PlacedPart:
-    if on_card:
-        return _on_card("table of embeddings", parts.embedding, "there is room for it")
+def _embedding(parts: Components) -> PlacedPart:
     return PlacedPart(
         name="table of embeddings",
         where="host",
@@ -355,5 +378,5 @@ def _small(parts: Components, records: bool) -> tuple[PlacedPart, ...]:
 
 
 def peaks_told(peaks: Sequence[tuple[str, int]]) -> str:
-    """The fullest phase in words: "21.9 GB"."""
-    return f"{max(size for _, size in peaks) / _GB:.1f} GB"
+    """The fullest phase in words: "21.9 GiB"."""
+    return f"{max(size for _, size in peaks) / _GIB:.1f} GiB"

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
+from millicent.facts import gpus
+from millicent.facts.formats import ENGINE_FORMATS
 from millicent.facts.gpus import Gpu, find_gpu
 from millicent.facts.measured import Ceiling, Published, Run, read_measured
 from millicent.model import sizes
@@ -174,21 +176,15 @@ def attention_rate(gpu: Gpu, shares: Shares, attention: str) -> float:
 
 def rate_of(gpu: Gpu, number_format: str) -> float:
     """TFLOP/s or TOP/s of a product in a format that the card runs."""
-    rate = _rates(gpu)[number_format]
+    rate = gpus.rate_of(gpu, ENGINE_FORMATS[number_format])
     assert rate is not None, f"{gpu.name} has no rate for {number_format}"
     return rate
 
 
 def has_rates(gpu: Gpu, number_format: str, text_encoder: str, attention: str) -> bool:
     """Whether the table has the rates that a prediction needs; BF16's always, for the VAE."""
-    rates = _rates(gpu)
     wanted = ["bf16", number_format, text_encoder, *(["int8"] if attention == "int8" else [])]
-    return all(rates[each] is not None for each in wanted)
-
-
-def _rates(gpu: Gpu) -> dict[str, float | None]:
-    plain = {"bf16": gpu.bf16_tflops, "int8-weight": gpu.bf16_tflops}
-    return {**plain, "fp8": gpu.fp8_tflops, "int8": gpu.int8_tops, "nvfp4": gpu.fp4_tflops}
+    return all(gpus.rate_of(gpu, ENGINE_FORMATS[each]) is not None for each in wanted)
 
 
 def link_gb_per_s(generation: int | None, lanes: int | None) -> float:
@@ -328,7 +324,8 @@ def draw_of(run: Run) -> Draw:
     """What a measured run was drawn with."""
     return Draw(
         layouts={(run.format,) * len(sizes.block_matrices(MMDiTConfig(), 0)): MMDiTConfig().num_layers},
-        text_encoder="fp8" if run.format == "fp8" else "bf16",
+        # as engine/planner.py has it
+        text_encoder="fp8" if run.format != "bf16" and card_of(run).fp8_tflops else "bf16",
         attention=run.attention,
         reuses=run.reuse_reference,
     )

@@ -76,32 +76,35 @@ def check_format(machine: Machine, needs: Needs) -> Finding | None:
 
 
 def check_memory(machine: Machine, needs: Needs) -> Finding | None:
-    """Free memory of the card against the weights and an edit."""
+    """Free memory of the card against what the engine of today keeps there; where it is too little, what the plan would do."""
     card = machine.card
     if card is None:
         return None
     free = card.free_mib * MIB
     found = f"{show_gib(free)} free of {show_gib(card.memory_mib * MIB)}"
-    whole = f"{show_gib(needs.card_bytes)} to keep all of {needs.model} in {needs.format} on the card"
+    parts = f"{show_gib(needs.weights_bytes)} of weights, {show_gib(needs.working_bytes)} beside them"
+    wanted = f"{show_gib(needs.card_bytes)} to keep {needs.model} in {needs.format} on the card: {parts}"
     if free >= needs.card_bytes:
-        return ok("memory", found, whole)
-    if free < needs.least_card_bytes:
-        command = "Rent a card with more memory" if _is_free(card) else _free_command(card)
-        return error("memory", found, f"{show_gib(needs.least_card_bytes)} at least, and {whole}", command)
-    streamed = f"{show_gib(needs.streamed_bytes(free))} of weights would come from the host's memory for each picture"
-    return warning("memory", f"{found}: {streamed}", whole, _plan_command(card) if _is_free(card) else _free_command(card))
+        return ok("memory", found, wanted)
+    if needs.planned is not None:
+        found += f", too little for the engine of today. The plan, which it does not carry out yet: {needs.planned}"
+    elif free < needs.least_card_bytes:
+        found += f", too little even with all weights streamed, which takes {show_gib(needs.least_card_bytes)}"
+    return error("memory", found, wanted, _room_command(card, needs))
+
+
+def _room_command(card: Card, needs: Needs) -> str:
+    """What would run: this card when others leave it, another format, or another card."""
+    if not _is_free(card) and card.memory_mib * MIB >= needs.card_bytes:
+        return _free_command(card)
+    if needs.other_formats:
+        return f"millicent preflight --model {needs.model} --format {needs.other_formats[0]}"
+    return f"Rent a card with {show_gib(needs.card_bytes)} free; millicent plan --all ranks them"
 
 
 def _is_free(card: Card) -> bool:
     """A driver keeps a little of a card for itself."""
     return card.memory_mib - card.free_mib <= max(STRAY_MIB, card.memory_mib * 2 // 100)
-
-
-def _plan_command(card: Card) -> str:
-    gpu = identify_card(card)
-    if gpu is None:
-        return "millicent preflight --save-machine machine.json; millicent plan --machine machine.json"
-    return f'millicent plan --gpu "{gpu.name}"'
 
 
 def _free_command(card: Card) -> str:
@@ -157,8 +160,7 @@ def check_pcie(machine: Machine, needs: Needs) -> Finding | None:
     best = _gb_per_s(generation, most)
     if rate >= SLOW_LINK * best:
         return ok("pcie", told)
-    streams = needs.streamed_bytes(card.free_mib * MIB)
-    why = f"each picture waits for {show_gib(streams)} of weights" if streams else "weights load slowly"
+    why = f"{show_gib(needs.link_bytes)} of weights cross it for a picture by itself" if needs.link_bytes else "weights load slowly"
     return warning("pcie", f"{told}: {why}", f"PCIe {generation} x{most}, {best:.0f} GB/s", "Take another machine")
 
 

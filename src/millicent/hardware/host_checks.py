@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from millicent.hardware.findings import Finding, error, ok, show_gb, show_gib, warning
-from millicent.hardware.machine import GIB, MIB, Disk, Machine
+from millicent.hardware.machine import GIB, Disk, Machine
 from millicent.hardware.needs import Needs
 
 # what Triton's compiled kernels and the pictures under way take
@@ -24,17 +24,16 @@ def check_system(machine: Machine, needs: Needs) -> Finding:
 
 
 def check_ram(machine: Machine, needs: Needs) -> Finding | None:
-    """Free host memory, as the container has it, for loading and for the weights that do not stay on the card."""
+    """Free host memory, as the container has it, for loading and for the weights that the plan keeps there."""
     if machine.card is None:
         return None
-    wanted_bytes = needs.host_bytes + needs.streamed_bytes(machine.card.free_mib * MIB)
     found = f"{show_gib(machine.ram_available_bytes)} free"
     if machine.ram_limit_bytes is not None:
         found += (
             f" of the container's {show_gib(machine.ram_limit_bytes)}, which free and top show as {show_gib(machine.ram_bytes)}"
         )
-    wanted = f"{show_gib(wanted_bytes)} to load {needs.model}"
-    if machine.ram_available_bytes >= wanted_bytes:
+    wanted = f"{show_gib(needs.host_bytes)} to load {needs.model}"
+    if machine.ram_available_bytes >= needs.host_bytes:
         return ok("ram", found, wanted)
     return error("ram", found, wanted, _ram_command(machine))
 
@@ -46,14 +45,13 @@ def _ram_command(machine: Machine) -> str:
 
 
 def check_pinned(machine: Machine, needs: Needs) -> Finding | None:
-    """Memory that is locked, where weights are streamed; the trial tries it."""
-    card = machine.card
-    if card is None or not needs.streamed_bytes(card.free_mib * MIB):
+    """Memory that is locked, where weights cross the link; the trial tries it."""
+    if machine.card is None or not needs.pinned_bytes:
         return None
-    pinned = needs.pinned_bytes(card.free_mib * MIB)
-    wanted = f"{show_gib(pinned)} locked, as torch rounds each block up to a power of two"
-    limit = machine.pinned_limit_bytes
-    if machine.ram_available_bytes < needs.host_bytes + pinned:
+    pinned, limit = needs.rounded_pinned_bytes, machine.pinned_limit_bytes
+    rounded = f"{show_gib(pinned)} where torch locks them, as it rounds each block up to a power of two"
+    wanted = f"{show_gib(needs.pinned_bytes)} locked, {rounded}"
+    if machine.ram_available_bytes < needs.host_bytes - needs.pinned_bytes + pinned:
         found = f"{show_gib(machine.ram_available_bytes)} free"
         return warning("pinned memory", f"{found}: the rest would be copied slowly", wanted, _ram_command(machine))
     if limit is not None and limit < pinned:
