@@ -1,4 +1,5 @@
-# make demo: edit a picture.  make test: check everything.  Each sets up what it needs: .venv as a user has it, .venv-dev with the tools.
+# make demo: edit a picture.  make test: check everything.  Each sets up what it needs: .venv as a user has it, .venv-dev with the tools,
+# .venv-deploy with those that rent cards.
 PYTHON ?= python3
 INSTALL := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 DEV := .venv-dev/bin
@@ -23,6 +24,12 @@ help: ## this list
 	$(DEV)/python $(INSTALL) --no-deps deepcompressor-toolkit
 	@touch $@
 
+# only the files of deploy/ are read with these, each by its own tool's parser
+.venv-deploy/ready: constraints-deploy.txt
+	$(PYTHON) -m venv .venv-deploy
+	.venv-deploy/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-deploy.txt skypilot dstack
+	@touch $@
+
 demo: .venv/ready ## edit examples/shirt.png with the embedded model
 	@mkdir -p out
 	.venv/bin/millicent edit examples/shirt.png "make the shirt navy blue" -o out/navy-shirt.png --seed 7 --strip
@@ -34,7 +41,7 @@ check: .venv-dev/ready ## style, types and layers
 	$(DEV)/mypy
 	$(DEV)/lint-imports
 
-test: check ## check, and every test that needs no GPU
+test: check .venv-deploy/ready ## check, and every test that needs no GPU
 	$(DEV)/python -m pytest -m "not gpu" --numprocesses auto
 
 test-gpu: .venv-dev/ready ## the tests that need a CUDA card
@@ -52,4 +59,4 @@ bench: .venv-dev/ready ## time each stage of an edit, and loading, on this machi
 	$(DEV)/python -m benchmarks.load
 
 clean: ## remove what make made
-	rm -rf .venv .venv-dev out .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-dev .venv-deploy out .pytest_cache .ruff_cache .mypy_cache .hypothesis

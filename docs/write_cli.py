@@ -19,6 +19,11 @@ COMMANDS = (
     ("inspect",),
     ("convert",),
     ("edit",),
+    ("batch",),
+    ("batch", "run"),
+    ("batch", "status"),
+    ("batch", "export"),
+    ("batch", "gallery"),
     ("cost",),
     ("cost", "refresh"),
 )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import millicent
+from millicent.cli.batch import batch
 from millicent.cli.convert import convert
 from millicent.cli.cost import cost
 from millicent.cli.edit import edit
@@ -47,6 +48,7 @@ app.command()(pull)
 app.command()(inspect)
 app.command()(convert)
 app.command()(edit)
+app.add_typer(batch, name="batch")
 app.add_typer(cost, name="cost")
 
 

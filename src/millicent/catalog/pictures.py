@@ -1,0 +1,98 @@
+"""Input pictures on their way in: fetched, hashed and opened in threads, each once for all variants of its row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from PIL import Image
+
+from millicent.catalog import storage
+from millicent.catalog.attempts import Read, is_remote
+from millicent.catalog.items import Item, item_key
+from millicent.errors import MillicentError
+from millicent.images import flatten, open_image, read_metadata
+
+KEPT = 4  # pictures that stay open beside those in use: the variants of one row follow each other
+
+ReadBytes = Callable[[str], bytes]
+
+
+class Pictures:
+    """A context manager over the reading threads. out: the output root, where finished work may stand already."""
+
+    def __init__(self, read_bytes: ReadBytes, out: str, weights_sha256: str, threads: int) -> None:
+        self._read_bytes, self._out, self._weights_sha256 = read_bytes, out, weights_sha256
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, Future[tuple[str, Image.Image]]] = OrderedDict()
+
+    def submit(self, item: Item) -> Future[Read]:
+        return self._pool.submit(self._read, item)
+
+    def _read(self, item: Item) -> Read:
+        opened = [self._open(location) for location in item.pictures]
+        sha256s = tuple(sha256 for sha256, _ in opened)
+        key = item_key(sha256s, item, self._weights_sha256)
+        return Read(key, sha256s, tuple(image for _, image in opened), find_finished(self._out, item.output, key))
+
+    def _open(self, location: str) -> tuple[str, Image.Image]:
+        with self._lock:
+            kept = self._kept.get(location)
+            mine: Future[tuple[str, Image.Image]] = Future()
+            if kept is None:
+                self._kept[location] = mine
+                if len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+        if kept is not None:
+            return kept.result()
+        try:
+            data = self._read_bytes(location)
+            mine.set_result((hashlib.sha256(data).hexdigest(), flatten(open_image(data, name=location))))
+        except Exception as error:  # whoever waits for it is told too
+            with self._lock:  # the next one tries anew
+                if self._kept.get(location) is mine:
+                    del self._kept[location]
+            mine.set_exception(error)
+        return mine.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def find_finished(out: str, name: str, key: str) -> str | None:
+    """The SHA-256 of an output that holds this key: it was written whole, by a run that could not say so. None for any other."""
+    if not storage.exists(out, name):
+        return None
+    data = storage.read_output(out, name)
+    try:
+        metadata = read_metadata(data)
+    except (MillicentError, ValueError, KeyError):  # a picture of someone else's; writing replaces it
+        return None
+    return hashlib.sha256(data).hexdigest() if metadata is not None and metadata.get("key") == key else None
+
+
+def asked_digest(item: Item, weights_sha256: str) -> str:
+    """What is known of an item without reading its pictures: where they lie, and of a local file its size and time of change."""
+    seen = [[location, *_stat(location)] for location in item.pictures]
+    return hashlib.sha256(json.dumps([weights_sha256, item.settings_json(), seen]).encode()).hexdigest()
+
+
+def _stat(location: str) -> tuple[int, int]:
+    if is_remote(location):
+        return (0, 0)
+    try:
+        found = Path(location).stat()
+    except (OSError, ValueError):  # reading it says why
+        return (0, 0)
+    return (found.st_size, found.st_mtime_ns)
