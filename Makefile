@@ -25,9 +25,9 @@ help: ## this list
 	@touch $@
 
 # only the files of deploy/ are read with these, each by its own tool's parser
-.venv-deploy/ready: constraints-deploy.txt
+.venv-deploy/ready: tests/deploy/constraints.txt
 	$(PYTHON) -m venv .venv-deploy
-	.venv-deploy/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-deploy.txt skypilot dstack
+	.venv-deploy/bin/python -m pip --disable-pip-version-check install --quiet --constraint tests/deploy/constraints.txt skypilot dstack
 	@touch $@
 
 demo: .venv/ready ## edit examples/shirt.png with the embedded model

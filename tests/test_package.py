@@ -1,5 +1,6 @@
 """The public face: what `import millicent` offers, and what it does not load."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -57,7 +58,7 @@ def test_the_version_is_the_installed_one_and_the_changelogs() -> None:
 def test_every_dependency_is_pinned_exactly() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
-    names = {requirement.split(">")[0].strip().lower().replace("_", "-") for requirement in wanted}
+    names = {re.split(r"[>\[]", requirement)[0].strip().lower().replace("_", "-") for requirement in wanted}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     assert pins["torch"] == "2.13.0"
