@@ -15,9 +15,10 @@ import diffusers
 import pytest
 import torch
 
-from benchmarks import peers, switches
+from benchmarks import peers, switch_rows, switches
 from benchmarks.peers import STAGES, Job
-from benchmarks.switches import Group, Switch, Truth
+from benchmarks.switch_rows import Group, Switch
+from benchmarks.switches import Truth
 from benchmarks.true_size import TINY, make_pipeline
 from millicent.engine.editor import Editor
 from millicent.engine.loading import Model
@@ -65,12 +66,12 @@ def truth(pipeline: diffusers.QwenImageEditPlusPipeline, job: Job) -> Truth:
 
 @pytest.fixture
 def model(pipeline: diffusers.QwenImageEditPlusPipeline) -> Model:
-    return switches.open_model(pipeline, TINY, switches.choose_plan(Settings(), CPU))
+    return switch_rows.open_model(pipeline, TINY, switch_rows.choose_plan(Settings(), CPU))
 
 
 @pytest.fixture(scope="module")
 def rows(pipeline: diffusers.QwenImageEditPlusPipeline, job: Job, truth: Truth) -> dict[str, dict[str, Any]]:
-    groups = switches.make_groups(pipeline, TINY)
+    groups = switch_rows.make_groups(pipeline, TINY)
     return {switches.told(switch): row for switch, row in switches.measure_groups(groups, job, truth, images=1)}
 
 
@@ -129,7 +130,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("part", ["velocity", "text", "latents", "pixels"])
 def test_a_wrong_part_reports_no_speed(model: Model, job: Job, truth: Truth, part: str) -> None:
     wrong = dataclasses.replace(truth, **{part: 3 * getattr(truth, part)})
-    figures = switches.measure(Switch(name="x", times_step=True, draw_many=switches.draw_together), model, job, wrong, 1)
+    figures = switches.measure(Switch(name="x", times_step=True, draw_many=switch_rows.draw_together), model, job, wrong, 1)
     assert figures.keys() == {"errors", "refused"}
     assert part in figures["refused"]
     assert figures["errors"][part] == pytest.approx(2 / 3, abs=FP32_ERROR)
@@ -164,22 +165,22 @@ def broken(model: Model) -> Iterator[Model]:
 
 
 def test_network_is_switched_and_switched_back(model: Model, job: Job) -> None:
-    network = switches.fast_of(model).network
+    network = switch_rows.fast_of(model).network
     before = network.kernels
     counted = CountingKernels()
-    step = switches.make_step(model, job, switches.nothing)
+    step = switches.make_step(model, job, switch_rows.nothing)
     wanted, drawings = step(), network._drawings
     assert len(drawings) == 1
-    with switches.with_network(kernels=cast("Kernels", counted), overlaps_text=False)(model) as turned:
+    with switch_rows.with_network(kernels=cast("Kernels", counted), overlaps_text=False)(model) as turned:
         assert turned is model
         assert not drawings
         assert not network.overlaps_text
-        assert torch.equal(switches.make_step(model, job, switches.nothing)(), wanted)
+        assert torch.equal(switches.make_step(model, job, switch_rows.nothing)(), wanted)
     assert counted.calls > 0
     assert network.kernels is before
     assert network.overlaps_text
     assert not drawings
-    with pytest.raises(ValueError, match="half-way"), switches.with_network(overlaps_text=False)(model):
+    with pytest.raises(ValueError, match="half-way"), switch_rows.with_network(overlaps_text=False)(model):
         raise ValueError("half-way")
     assert network.overlaps_text
 
@@ -206,7 +207,7 @@ def test_caches_are_hit_as_each_row_says(model: Model, job: Job, truth: Truth) -
         editor.edit(request)
         return {name: cache.hits > before[name] for name, cache in caches.items()}
 
-    found = {switch.name: hits(switch) for switch in switches.shared_switches() if switch.times_edit}
+    found = {switch.name: hits(switch) for switch in switch_rows.shared_switches() if switch.times_edit}
     none = dict.fromkeys(("openings", "embeddings", "latents"), False)
     assert found == {
         "everything": none,
@@ -219,15 +220,15 @@ def test_caches_are_hit_as_each_row_says(model: Model, job: Job, truth: Truth) -
 
 
 def test_modulation_is_computed_as_often_as_its_row_says(model: Model, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    modulation = switches.fast_of(model).modulation
+    modulation = switch_rows.fast_of(model).modulation
     computed: list[int] = []
     make = modulation._vectors
     monkeypatch.setattr(modulation, "_vectors", lambda name, timesteps: (computed.append(len(timesteps)), make(name, timesteps))[1])
-    [switch] = [switch for switch in switches.shared_switches() if switch.name == "modulation table"]
+    [switch] = [switch for switch in switch_rows.shared_switches() if switch.name == "modulation table"]
     linears = 2 * TINY.layers + 1  # of pictures and of text in each block, and the last norm's
 
-    assert switch.before_step is switches.make_vectors
-    vectors = switches.make_vectors(model)
+    assert switch.before_step is switch_rows.make_vectors
+    vectors = switch_rows.make_vectors(model)
     assert len(vectors) == linears
     wanted = {name: make(name, torch.tensor([peers.SIGMA])) for name in vectors}
     assert all(torch.equal(vectors[name], wanted[name]) for name in vectors)
@@ -244,21 +245,21 @@ def test_modulation_is_computed_as_often_as_its_row_says(model: Model, job: Job,
 
 def test_edges_are_switched(pipeline: diffusers.QwenImageEditPlusPipeline, model: Model, job: Job, truth: Truth) -> None:
     # what is recorded needs a card; what is not runs here too
-    found = {switch.name: switch for switch in switches.edge_switches(pipeline, TINY)}
+    found = {switch.name: switch for switch in switch_rows.edge_switches(pipeline, TINY)}
     assert list(found)[-1] == "text encoder graphs"
     for name in ("VAE graphs", "VAE graphs and fused norm", "fast VAE", "text encoder graphs"):
         with found[name].turn(model) as turned:
             assert (turned.vae is model.vae, turned.reader is model.reader) == (name == "text encoder graphs", "VAE" in name)
             assert isinstance(turned.vae, VAE) == (name in ("fast VAE", "text encoder graphs"))
             assert isinstance(turned.reader, Reader)
-            step = switches.make_step(turned, job, switches.nothing)
+            step = switches.make_step(turned, job, switch_rows.nothing)
             with torch.inference_mode():
                 errors = switches.errors_of(step, found[name], turned, job, truth)
             assert max(errors.values()) < FP32_ERROR, name
 
 
 def test_fused_norms_are_there_or_not(pipeline: diffusers.QwenImageEditPlusPipeline, model: Model) -> None:
-    found = {switch.name: switch for switch in switches.edge_switches(pipeline, TINY)}
+    found = {switch.name: switch for switch in switch_rows.edge_switches(pipeline, TINY)}
     norms = {}
     for name in ("VAE graphs", "VAE graphs and fused norm", "fast VAE"):
         with found[name].turn(model) as turned:
@@ -275,13 +276,13 @@ def test_a_stage_is_its_own_time(model: Model, job: Job, monkeypatch: pytest.Mon
     monkeypatch.setattr(switches, "now_s", lambda model: float(next(ticks)))
     # a clock that goes on by one at each look: begin and end of each stage
     with torch.inference_mode():
-        assert switches.time_stages(switches.nothing, model, job) == dict.fromkeys(STAGES, 1000.0)
+        assert switches.time_stages(switch_rows.nothing, model, job) == dict.fromkeys(STAGES, 1000.0)
 
 
 def test_an_edit_that_fails_in_a_row_is_no_speed(model: Model, job: Job) -> None:
     request = dataclasses.replace(switches.make_request(job), images=(job.picture.resize((1000, 1)),))
     with pytest.raises(InputError, match="too long"):
-        switches.draw_together(Editor("x", model), [request])
+        switch_rows.draw_together(Editor("x", model), [request])
 
 
 def test_rows_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,8 +295,8 @@ def test_rows_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
         opened.append((chosen.format, chosen.text_encoder, chosen.attention, chosen.reuse_reference))
         raise MachineError("no card", "none")
 
-    monkeypatch.setattr(switches, "open_model", open_model)
-    groups = switches.make_groups(fake, TINY)
+    monkeypatch.setattr(switch_rows, "open_model", open_model)
+    groups = switch_rows.make_groups(fake, TINY)
     names = [switches.told(switch) for group in groups for switch in group.switches]
     assert names[0] == "everything"
     assert len(set(names)) == len(names)
@@ -318,7 +319,7 @@ def test_rows_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_choosing(pipeline: diffusers.QwenImageEditPlusPipeline) -> None:
-    groups = switches.make_groups(pipeline, TINY)
+    groups = switch_rows.make_groups(pipeline, TINY)
     assert switches.choose(groups, None) == groups
     chosen = switches.choose(groups, "8-bit attention,edit_many")
     assert [[switch.name for switch in group.switches] for group in chosen] == [["everything", "edit_many"], ["8-bit attention"]]
