@@ -1,7 +1,8 @@
 """What a catalog run adds to the editor's own time, and how fast it goes on where it was: `python -m benchmarks.catalog`.
 
-Three parts: the ledger alone (an image claimed and marked done), whole runs (with an editor that takes no time, and with the demo
-model, beside the same edits without a catalog), and a resume over many rows that are done. A run that leaves anything out is
+Three parts: the ledger alone (an image claimed and marked done), whole runs (with an editor that takes no time, here and on one
+worker of a local Ray cluster, and with the demo model, beside the same edits without a catalog), and a resume over many rows that
+are done. A run that leaves anything out is
 reported as such, with no figures, and the exit status is 1; so it is where the ledger takes 2 ms an image or a resume 5 s.
 The last line is one JSON object.
 """
@@ -23,6 +24,7 @@ from PIL import Image
 
 from benchmarks.machine import ROOT, describe_machine
 from millicent import Editor
+from millicent.catalog.cluster import Cluster
 from millicent.catalog.events import Summary
 from millicent.catalog.ledger import Ended, Ledger, Work
 from millicent.catalog.manifest import Row
@@ -43,6 +45,9 @@ SIZE = 1024
 
 class NoEditor:
     """Hands the same picture out at once."""
+
+    name = "none"
+    weights_sha256 = WEIGHTS
 
     def __init__(self) -> None:
         self._picture = Image.effect_noise((SIZE, SIZE), 20).convert("RGB")
@@ -101,11 +106,20 @@ def run_whole(folder: Path, editor: SupportsEdit, rows: Iterable[Row], recipe: R
         return run_catalog(editor, rows, recipe, ledger, str(folder / "out"), weights_sha256=weights, check=accept)
 
 
-def time_run(folder: Path, count: int, picture: Path, ending: str) -> float | None:
+def time_run(folder: Path, editor: SupportsEdit, count: int, picture: Path, ending: str) -> float | None:
     """Milliseconds of an image, read, written and synced, with an editor that takes none; None where one is missing."""
     folder.mkdir()
-    summary = run_whole(folder, NoEditor(), make_rows(count, picture), make_recipe(SIZE, ending), WEIGHTS)
+    summary = run_whole(folder, editor, make_rows(count, picture), make_recipe(SIZE, ending), WEIGHTS)
     return summary.elapsed_s / count * 1e3 if summary.done == count else None
+
+
+def time_ray(folder: Path, count: int, picture: Path) -> float | None:
+    """As time_run, of JPEG, with the editor in a worker: a picture goes there and another comes back."""
+    cluster = Cluster.open("local", NoEditor, actors=1)
+    try:
+        return time_run(folder, cluster, count, picture, ".jpg")
+    finally:
+        cluster.close()
 
 
 def time_demo(folder: Path, count: int, picture: Path) -> tuple[float, float] | None:
@@ -169,9 +183,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     Image.effect_noise((SIZE, SIZE), 20).convert("RGB").resize((256, 256)).save(picture)
     resume = time_resume(folder / "resume", args.rows, picture)  # first, so that its memory is its own
     ledger_ms = time_ledger(folder, args.images)
-    png_ms, jpeg_ms = (time_run(folder / ending[1:], args.images, picture, ending) for ending in (".png", ".jpg"))
+    png_ms, jpeg_ms = (time_run(folder / ending[1:], NoEditor(), args.images, picture, ending) for ending in (".png", ".jpg"))
+    ray_ms = time_ray(folder / "ray", args.images, picture)
     demo = time_demo(folder / "demo", args.demo_images, picture)
-    if resume is None or png_ms is None or jpeg_ms is None or demo is None:
+    if resume is None or png_ms is None or jpeg_ms is None or ray_ms is None or demo is None:
         return None
     return {
         "benchmark": "catalog",
@@ -179,7 +194,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
         "images": args.images,
         "output_px": f"{SIZE}x{SIZE}",
         "ledger_ms_per_image": round(ledger_ms, 3),
-        "run_ms_per_image": {"png": round(png_ms, 2), "jpeg": round(jpeg_ms, 2)},
+        "run_ms_per_image": {"png": round(png_ms, 2), "jpeg": round(jpeg_ms, 2), "jpeg on ray": round(ray_ms, 2)},
         "demo_ms_per_image": {"edit_many": round(demo[0], 2), "catalog": round(demo[1], 2)},
         "resume": resume,
         **describe_machine(torch.device("cpu")),
@@ -189,7 +204,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
 def show(figures: dict[str, Any]) -> None:
     run, demo, resume = figures["run_ms_per_image"], figures["demo_ms_per_image"], figures["resume"]
     print(f"ledger alone: {figures['ledger_ms_per_image']} ms an image")
-    print(f"whole run, {figures['output_px']}, no time to draw: {run['png']} ms an image as PNG, {run['jpeg']} as JPEG")
+    print(
+        f"whole run, {figures['output_px']}, no time to draw: {run['png']} ms an image as PNG, {run['jpeg']} as JPEG, "
+        f"{run['jpeg on ray']} as JPEG on Ray"
+    )
     print(f"demo model: {demo['edit_many']} ms an image without a catalog, {demo['catalog']} with")
     print(
         f"resume: {resume['rows']:,} finished rows in {resume['resume_s']} s, {resume['rows_per_s']:,} rows/s, "
