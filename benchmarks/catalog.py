@@ -2,9 +2,8 @@
 
 Three parts: the ledger alone (an image claimed and marked done), whole runs (with an editor that takes no time, here and on one
 worker of a local Ray cluster, and with the demo model, beside the same edits without a catalog), and a resume over many rows that
-are done. A run that leaves anything out is
-reported as such, with no figures, and the exit status is 1; so it is where the ledger takes 2 ms an image or a resume 5 s.
-The last line is one JSON object.
+are done. A run that leaves anything out is reported as such, with no figures, and the exit status is 1; so it is where the ledger
+takes 2 ms an image or a resume 5 s. The last line is one JSON object.
 """
 
 from __future__ import annotations
