@@ -24,6 +24,8 @@ def run_and_kill(folder: Path, kills: int, images: int, editor: str) -> dict[str
 def test_killed_at_random_moments(tmp_path: Path, editor: str, kills: int, images: int) -> None:
     found = run_and_kill(tmp_path, kills, images, editor)
     assert found["killed"] == kills
+    # what was being written when a run was killed is gone too
+    assert not list(tmp_path.glob("*/out/**/.*"))
     for job in found["jobs"]:
         # every image once, in the output folder and in the ledger
         assert job["files"] == images

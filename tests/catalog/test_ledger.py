@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 from fake_editor import WEIGHTS, FakeEditor, accept, make_recipe, make_rows
 
-from millicent.catalog import heartbeat, ledger_sqlite, migrations
-from millicent.catalog import ledger as ledgers
+from millicent.catalog import heartbeat, ledger_database, ledger_reading, ledger_sqlite, migrations
 from millicent.catalog.bill import bill_of
 from millicent.catalog.ledger import Ended, Ledger, Work
 from millicent.catalog.run import run_catalog
@@ -174,7 +173,7 @@ def test_a_killed_run_is_buried_and_what_it_was_at_is_paid_as_lost(tmp_path: Pat
 
 
 def test_images_come_in_the_manifest_s_order_a_page_at_a_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledgers, "PAGE", 3)
+    monkeypatch.setattr(ledger_reading, "PAGE", 3)
     with Ledger.open(url) as ledger:
         begin(ledger)
         for line in (3, 1, 2):
@@ -204,15 +203,58 @@ def test_heartbeat_tells_how_far_a_run_is(url: str, monkeypatch: pytest.MonkeyPa
                 time.sleep(0.01)
 
 
+def test_where_a_rejected_picture_is_kept_is_told_until_it_is_drawn_again(url: str) -> None:
+    ended = Ended(
+        state="rejected", attempt_state="rejected", seconds=1.0, elapsed_s=1.0, why="blank", set_aside="_rejected/1/a.png"
+    )
+    with Ledger.open(url) as ledger:
+        begin(ledger)
+        ledger.claim(work(), 1, 0.0)
+        ledger.end(work(), 1, ended)
+        ledger.quarantine(work("b.png"), "the same", "_rejected/1/a.png")
+        assert [image.set_aside for image in ledger.images()] == ["_rejected/1/a.png"] * 2
+        ledger.claim(work(), 2, 1.0)
+        ledger.end(work(), 2, done())
+        assert [image.set_aside for image in ledger.images()] == [None, "_rejected/1/a.png"]
+
+
+def test_a_ledger_of_an_earlier_version_gets_what_it_lacks(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(ledger_database, "MIGRATIONS", migrations.MIGRATIONS[:1])
+        database = ledger_database.connect(url, create=True)
+        ledger_database.migrate(url, database, write=True)
+        database.execute(
+            "INSERT INTO images (output, row_line, row_id, variant, pictures, prompt, asked, state, run_id)"
+            " VALUES ('a.png', 2, 'a', 'v', '[]', 'paint', 'asked', 'planned', 'r')"
+        )
+        database.close()
+    with Ledger.open(url) as ledger:
+        (image,) = ledger.images()
+        assert (image.output, image.set_aside) == ("a.png", None)
+
+
+def test_attempts_that_were_lost_are_told(tmp_path: Path) -> None:
+    url = str(tmp_path / "ledger.sqlite")
+    with Ledger.open(url) as ledger:
+        begin(ledger)
+        ledger.claim(work("a.png", "a"), 1, 0.0)
+        ledger.claim(work("b.png", "b"), 1, 0.0)
+    with Ledger.open(url) as ledger:
+        begin(ledger)
+        assert sorted(ledger.lost()) == [("a.png", 1), ("b.png", 1)]
+        ledger.claim(work("a.png", "a"), 1, 0.0)
+        assert ledger.lost() == [("b.png", 1)], "it is being drawn"
+
+
 def test_migrations_are_taken_once_and_a_later_version_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Ledger.open(url).close()
     more = (*migrations.MIGRATIONS, ("ALTER TABLE images ADD COLUMN note TEXT",))
-    monkeypatch.setattr(ledgers, "MIGRATIONS", more)
+    monkeypatch.setattr(ledger_database, "MIGRATIONS", more)
     with pytest.raises(InputError, match="earlier version"):
         Ledger.open(url, write=False)
     Ledger.open(url).close()
     Ledger.open(url, write=False).close()
-    monkeypatch.setattr(ledgers, "MIGRATIONS", migrations.MIGRATIONS)
+    monkeypatch.setattr(ledger_database, "MIGRATIONS", migrations.MIGRATIONS)
     with pytest.raises(InputError, match="later version"):
         Ledger.open(url)
 
@@ -277,7 +319,7 @@ def test_two_writers_never_hold_the_same_image_or_the_same_work(database: str) -
 
 
 def test_a_writer_that_is_not_heard_of_loses_what_it_held(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledgers, "LEASE_S", -1.0)  # over as soon as it is given
+    monkeypatch.setattr(ledger_database, "LEASE_S", -1.0)  # over as soon as it is given
     with Ledger.open(database) as one, Ledger.open(database) as two:
         begin(one)
         one.claim(work(), 1, 0.0)

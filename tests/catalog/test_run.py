@@ -20,9 +20,10 @@ import pytest
 from fake_editor import WEIGHTS, FakeEditor, FakeStream, accept, make_recipe, make_rows
 from PIL import Image
 
-from millicent.catalog import finish, pictures, run, stopping, storage
+from millicent.catalog import finish, pictures, run_outcomes, run_requests, stopping, storage
 from millicent.catalog.attempts import Candidate
 from millicent.catalog.events import Event, Summary
+from millicent.catalog.finish import Sources
 from millicent.catalog.ledger import Ledger
 from millicent.catalog.manifest import BadRow, Row
 from millicent.catalog.pictures import asked_digest
@@ -150,6 +151,7 @@ def test_a_failure_is_retried_and_then_quarantined(
     assert [event.kind for event in events if event.row_id == "p3" and event.kind != "started"] == [
         "failed",
         "failed",
+        "failed",
         "quarantined",
     ]
     assert start(kind(draw=refuse), rows_of(tmp_path, 6)).given_up == 1
@@ -210,12 +212,37 @@ def test_rejects_end_in_quarantine_and_go_on_with_new_seeds_when_asked(tmp_path:
     always = reject_when(lambda number: True)
     first = start(FakeEditor(), rows_of(tmp_path, 1), make_recipe(redo=1), check=always)
     assert (first.rejected, first.quarantined, first.done) == (2, 1, 0)
-    assert "It is blank." in images(tmp_path)["p0/v0.png"].why
+    image = images(tmp_path)["p0/v0.png"]
+    assert (image.why, image.set_aside) == ("It is blank.", "_rejected/2/p0/v0.png")
+    assert (tmp_path / "out" / image.set_aside).is_file()
+    # each attempt is told, the last one too, before the image is given up; its price is told once
+    assert [event.kind for event in events if event.kind != "started"] == ["rejected", "rejected", "quarantined"]
+    assert [event.set_aside for event in events[-2:]] == [image.set_aside] * 2
+    assert [event.seconds > 0 for event in events[-2:]] == [True, False]
     second = start(FakeEditor(), rows_of(tmp_path, 1), make_recipe(redo=1), check=always, retry_failed=True)
     assert (second.rejected, second.quarantined) == (2, 1)
     seeds = [event.seed for event in events if event.kind == "started"]
     assert len(set(seeds)) == 4
     assert "p0/v0.png" not in outputs(tmp_path)
+
+
+def test_check_is_told_how_the_input_came_to_an_exact_size(tmp_path: Path, start: Stage) -> None:
+    seen: list[str] = []
+
+    def check(sources: Sources, result: Image.Image, limits: Limits) -> Verdict:
+        seen.append(sources.fit)
+        assert isinstance(sources[-1], Image.Image)
+        return Verdict(True, (), {})
+
+    recipe = make_recipe(variants=3)
+    plain, padded, cropped = recipe.variants
+    variants = (
+        replace(plain, fit="pad"),
+        replace(padded, size=(32, 16), fit="pad"),
+        replace(cropped, size=(32, 16), fit="crop"),
+    )
+    start(FakeEditor(), rows_of(tmp_path, 1), replace(recipe, variants=variants), check=check)
+    assert sorted(seen) == ["crop", "fit", "pad"], "without a size the result follows the input, whatever its fit"
 
 
 @pytest.mark.parametrize("kind", EDITORS)
@@ -386,7 +413,8 @@ def test_a_full_disk_ends_the_run_and_loses_one_picture_at_most(
         write(root, name, data)
 
     monkeypatch.setattr(storage, "write_output", no_room)
-    monkeypatch.setattr(run, "FINISH_WAITING", 0)
+    monkeypatch.setattr(run_outcomes, "FINISH_WAITING", 0)
+    monkeypatch.setattr(run_requests, "FINISH_WAITING", 0)
     with pytest.raises(OutputError, match="No space left"):
         start(FakeEditor(draw=draw), rows_of(tmp_path, 20))
     assert images(tmp_path)["p3/v0.png"].state == "failed"
@@ -449,6 +477,46 @@ def test_a_picture_that_was_written_and_not_marked_is_recognized_and_not_paid_ag
     assert (summary.done, summary.recovered) == (1, 1)
     assert summary.bill is not None
     assert (summary.bill.accepted, summary.bill.usd_of("spot losses")) == (1, 0)
+
+
+def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path: Path, start: Stage) -> None:
+    class Killed(BaseException):
+        """As sudden as a kill, for a test."""
+
+    def draw(request: EditRequest) -> None:
+        if "red 1," in request.prompt:
+            raise Killed
+
+    rows, out = rows_of(tmp_path, 3), tmp_path / "out"
+    with pytest.raises(Killed):
+        start(FakeEditor(draw=draw), rows)
+
+    def leave(name: str) -> Path:
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half a picture")
+        return path
+
+    for name in ("p1/v0.png", "_rejected/1/p1/v0.png", finish.PROBE):
+        leave(str(storage.name_beside(out / name).relative_to(out)))
+    others = [
+        leave(".v0.png.0123abcd"),  # of an output in the root, which is none of ours
+        leave("p2/.v0.png.0123abcd"),  # of an image that no killed run was at
+        leave("p1/.v1.png.0123abcd"),
+        leave("p1/.v0.png.0123ABCD"),
+        leave("p1/.v0.png.0123abcde"),
+        leave("p1/.v0.png.backup01"),
+        leave("p1/v0.png.0123abcd"),
+    ]
+    young = leave("p1/.v0.png.fedcba98")
+    os.utime(young, (time.time() + 60, time.time() + 60))
+    (out / "p1/.v0.png.00000001").mkdir()
+    (out / "p1/.v0.png.00000002").symlink_to(others[0])
+    start(FakeEditor(), rows)
+    left = {str(path.relative_to(out)) for path in out.rglob("*") if path.name not in ("v0.png", "p0", "p1", "p2")}
+    kept = {str(path.relative_to(out)) for path in (*others, young)}
+    assert left == kept | {"p1/.v0.png.00000001", "p1/.v0.png.00000002", "_rejected", "_rejected/1"}
+    assert {"p0/v0.png", "p1/v0.png", "p2/v0.png"} <= outputs(tmp_path)
 
 
 def test_an_image_that_kills_the_process_comes_last(tmp_path: Path, start: Stage, events: list[Event]) -> None:

@@ -7,6 +7,7 @@ import os
 import socket
 import ssl
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,36 @@ def test_a_local_file(tmp_path: Path) -> None:
     assert read_bytes(str(path), FetchLimits(max_bytes=100), NONE) == b"x" * 100
     with pytest.raises(InputError, match="more than 99 bytes"):
         read_bytes(str(path), FetchLimits(max_bytes=99), NONE)
+
+
+def test_a_local_file_reserves_no_more_than_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"x" * 100)
+    tracemalloc.start()
+    try:
+        read_bytes(str(path), FetchLimits(max_bytes=50_000_000), NONE)
+        most_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most_bytes < 1_000_000
+
+
+def test_a_local_file_that_grows_is_to_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"x" * 100)
+    look = os.fstat
+
+    def look_and_grow(number: int) -> os.stat_result:
+        found = look(number)
+        with path.open("ab") as file:
+            file.write(b"more")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", look_and_grow)
+        with pytest.raises(MachineError, match="is being written"):
+            read_bytes(str(path), LIMITS, NONE)
+    assert len(read_bytes(str(path), LIMITS, NONE)) == 104
 
 
 def test_what_is_no_local_file(tmp_path: Path) -> None:

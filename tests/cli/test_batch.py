@@ -26,7 +26,7 @@ from millicent.cli.batch_views import guard
 from millicent.edits import EditRequest, EditResult, OnProgress, Timings
 from millicent.engine.editor import Editor
 from millicent.errors import InputError, InputNotFoundError, MillicentError, OutputError
-from millicent.images import read_metadata
+from millicent.images import fit_to, read_metadata
 
 app = typer.Typer()
 app.add_typer(batch, name="batch")
@@ -54,6 +54,8 @@ class Painter:
         image = request.images[-1]
         color = Image.new("RGB", image.size, (seed % 200, 30, 120))
         image = image.copy() if request.prompt == "copy" else Image.blend(image, color, 0.5)
+        if request.width is not None and request.height is not None:
+            image = fit_to(image, request.width, request.height, request.fit)
         return EditResult(
             images=(image,),
             seeds=(seed,),
@@ -128,6 +130,18 @@ def test_json_lines_tell_every_event_and_the_summary_last(catalog: Path) -> None
     assert Decimal(told[-1]["bill"]["total_usd"]) > 0
     done = next(each for each in told if each["event"] == "done")
     assert {"row_id", "variant", "output", "seed", "elapsed_s"} <= done.keys()
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_a_good_edit_that_is_padded_or_cropped_is_accepted(catalog: Path, fit: str) -> None:
+    (catalog / "recipe.toml").write_text(
+        f'redo_rejects = 0\n[variants.wide]\nprompt = "make it navy"\nsize = [192, 96]\nfit = "{fit}"\n'
+        "[checks]\nrequire_registration = true\n"
+    )
+    result = run(catalog)
+    assert "3 done" in result.stdout, result.output
+    with Image.open(catalog / "out/P0/wide.png") as image:
+        assert image.size == (192, 96)
 
 
 def test_a_bad_row_is_named_and_the_others_are_drawn(catalog: Path) -> None:
@@ -269,6 +283,8 @@ def test_the_gallery_shows_before_and_after_and_what_was_rejected(catalog: Path)
     assert "&lt;b&gt;navy" in page
     assert page.count("<img") == 12, "each has a before and an after, also those that were rejected"
     assert page.count("a copy of the input") == 3
+    rows = [row for row in csv.DictReader(io.StringIO(invoke("export", catalog / "out").stdout)) if row["state"] == "quarantined"]
+    assert [row["set_aside"] for row in rows] == [f"_rejected/1/P{number}/copy.png" for number in range(3)]
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@A1", "\tx"])

@@ -85,8 +85,10 @@ def test_trouble_is_told_and_the_rest_is_not(capsys: pytest.CaptureFixture[str])
     assert describe_trouble(event("stopped", why="enough")) == "stopping: enough"
     with watch(Tally(), as_json=False, quiet=False, textfile=None) as tell:
         tell(event("bad row", row_line=7, why="no picture"))
+        tell(event("rejected", output="a.png", why="blank", set_aside="_rejected/1/a.png"))
+        tell(event("quarantined", output="a.png", row_line=8, why="blank", set_aside="_rejected/1/a.png"))
         tell(event("done"))
-    assert capsys.readouterr().err == "line 7: no picture\n"
+    assert capsys.readouterr().err == "line 7: no picture\nquarantined a.png (line 8): blank (kept as _rejected/1/a.png)\n"
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:

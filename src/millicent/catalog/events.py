@@ -16,11 +16,12 @@ class Event:
     """Something that happened to one image, to a row, or to the run.
 
     kind: "started", an attempt has begun; "done", the image is accepted and written; "linked", it is the same work as one that is
-        done, and shares its file; "rejected" and "failed", an attempt was in vain, and another follows in this run or a later one;
-        "quarantined", nothing more is tried; "bad row", a line of the manifest that no image can be made of; "stopped", no more
-        images are begun.
+        done, and shares its file; "rejected" and "failed", an attempt was in vain: another follows, in this run or a later one, or
+        "quarantined" does at once; "quarantined", nothing more is tried; "bad row", a line of the manifest that no image can be
+        made of; "stopped", no more images are begun.
     elapsed_s: since the run began. row_line: of the manifest, 1 being its first; 0 for an event of the run.
-    attempt: 1 or more; 0 where nothing was drawn. seconds, usd: what the attempt took and cost. why: as a user reads it.
+    attempt: 1 or more; 0 where nothing was drawn. seconds, usd: what the attempt took and cost, told with its end and not again
+        with "quarantined". why: as a user reads it. set_aside: where a rejected picture is kept, under the output root.
     """
 
     kind: EventKind
@@ -34,6 +35,7 @@ class Event:
     seconds: float = 0.0
     usd: Decimal | None = None
     why: str = ""
+    set_aside: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

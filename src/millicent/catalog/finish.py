@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image
 
@@ -19,11 +18,24 @@ from millicent.catalog.attempts import Read, is_remote
 from millicent.catalog.items import Item
 from millicent.edits import EditResult
 from millicent.errors import InputNotFoundError, MachineError, OutputError
-from millicent.images import encode_image
+from millicent.images import Fit, encode_image
 from millicent.quality.limits import Limits
 from millicent.quality.sanity import Verdict
 
-Check = Callable[[Sequence[Image.Image], Image.Image, Limits], Verdict]
+
+class Sources(tuple[Image.Image, ...]):
+    """The pictures that a result was drawn from. fit: how the last one came to the result's size, as EditRequest.fit."""
+
+    fit: Fit = "fit"
+
+    @classmethod
+    def of(cls, item: Item, images: Iterable[Image.Image]) -> Self:
+        made = cls(images)
+        made.fit = item.fit if item.height is not None else "fit"
+        return made
+
+
+Check = Callable[[Sources, Image.Image, Limits], Verdict]
 
 REJECTED = "_rejected"  # the folder, in the output root, of pictures that were not accepted, by attempt
 PROBE = "_probe.txt"
@@ -44,12 +56,17 @@ class Finished:
 def finish(item: Item, read: Read, result: EditResult, attempt: int, out: str, limits: Limits, check: Check) -> Finished:
     """Check a picture and write it. Raises OutputError or MachineError where it cannot be written, after some tries."""
     begin = time.perf_counter()
-    verdict = check(read.images, result.image, limits)
+    verdict = check(Sources.of(item, read.images), result.image, limits)
     checked = time.perf_counter()
     data = encode_image(result.image, item.format.upper(), describe(item, read, result))
-    place = item.output if verdict.accepted else f"{REJECTED}/{attempt}/{item.output}"
+    place = item.output if verdict.accepted else set_aside_name(item.output, attempt)
     _write(out, place, data)
     return Finished(verdict, hashlib.sha256(data).hexdigest(), place, checked - begin, time.perf_counter() - checked)
+
+
+def set_aside_name(output: str, attempt: int) -> str:
+    """Where a picture that was not accepted is kept, under the output root."""
+    return f"{REJECTED}/{attempt}/{output}"
 
 
 def describe(item: Item, read: Read, result: EditResult) -> dict[str, Any]:
@@ -104,9 +121,12 @@ def link_output(out: str, original: str, name: str) -> None:
 
 def _hard_link(original: Path, target: Path) -> bool:
     """Whether the file system could. A name that is there already is replaced at once, by the link whole."""
-    beside = target.with_name(f".{secrets.token_hex(8)}.link")
+    beside = storage.name_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            target.hardlink_to(original)
+            return True
         beside.hardlink_to(original)
         beside.replace(target)
     except OSError:

@@ -5,7 +5,8 @@ runs: one row a process that drew. elapsed_s counts from the moment its weights 
     several may write.
 images: one row an output. asked: digest of what can be known of an image without reading its pictures, so that a row that is
     done is passed over at once. key: hash of the pictures' bytes, the settings and the weights. seconds, usd: of all its attempts.
-    rejects_forgiven: of its rejects, those before somebody asked to try once more.
+    rejects_forgiven: of its rejects, those before somebody asked to try once more. set_aside: where the picture that was rejected
+    last is kept, under the output root.
 attempts: one row a drawing that was begun, and so paid.
 
 Dollars are text, as a binary fraction has no place in money. BIGINT and DOUBLE PRECISION are what SQLite takes as integer and real.
@@ -74,4 +75,5 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX attempts_running ON attempts (run_id) WHERE state = 'running'",
         "CREATE INDEX attempts_by_run ON attempts (run_id, state)",
     ),
+    ("ALTER TABLE images ADD COLUMN set_aside TEXT",),
 )

@@ -17,9 +17,11 @@ from millicent.catalog import cloud
 from millicent.catalog.names import check_name
 from millicent.catalog.rows import CLOUD_SCHEMES, hide_query, scheme_of
 from millicent.catalog.web import INTERNET, FetchLimits, Network, fetch
-from millicent.errors import InputError, InputNotFoundError, OutputError
+from millicent.errors import InputError, InputNotFoundError, MachineError, OutputError
 
-__all__ = ["FetchLimits", "exists", "output_location", "read_bytes", "read_output", "write_output"]
+__all__ = ["FetchLimits", "exists", "name_beside", "output_location", "read_bytes", "read_output", "write_output"]
+
+BESIDE_HEX = 8  # random digits at the end of a name beside
 
 
 def read_bytes(location: str, limits: FetchLimits, allowed_hosts: frozenset[str], network: Network = INTERNET) -> bytes:
@@ -47,16 +49,20 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
         # a pipe or device would keep us waiting: opened without, and told apart
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(number, "rb") as file:
-            if not stat.S_ISREG(os.fstat(number).st_mode):
+            found = os.fstat(number)
+            if not stat.S_ISREG(found.st_mode):
                 raise InputError(f"{path} is no file.", "Give a picture's file.")
-            data = file.read(max_bytes + 1)
+            if found.st_size > max_bytes:
+                raise InputError(f"{path} has more than {max_bytes:,} bytes, which is the limit.", "Make it smaller first.")
+            # reading reserves what it is asked for: a byte more than there should be, to see whether the file grows
+            data = file.read(found.st_size + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputNotFoundError(f"There is no file {path}.", "Check the path.") from error
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise InputNotFoundError(f"{path} cannot be read: {why}.", "Give a file that can be read.") from error
-    if len(data) > max_bytes:
-        raise InputError(f"{path} has more than {max_bytes:,} bytes, which is the limit.", "Make it smaller first.")
+    if len(data) > found.st_size:
+        raise MachineError(f"{path} is being written.", "Try again once it is whole.")
     return data
 
 
@@ -98,7 +104,7 @@ def _make_folder(folder: Path) -> None:
 
 def _write_file(path: Path, data: bytes) -> None:
     """Beside, then renamed: an older file stays until the new one is whole."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    beside = name_beside(path)
     try:
         with beside.open("xb") as file:
             file.write(data)
@@ -109,6 +115,11 @@ def _write_file(path: Path, data: bytes) -> None:
         with suppress(OSError):
             beside.unlink()
     _sync_folder(path.parent)
+
+
+def name_beside(path: Path) -> Path:
+    """A new name for what becomes `path` once it is whole; leftovers.py knows it again."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(BESIDE_HEX // 2)}")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -218,7 +218,7 @@ def draw(editor: Any, rows: Iterator[Any], recipe: Recipe, ledger: Ledger, out: 
 
     def check(sources: Any, result: Any, limits: Any) -> Any:
         # the result follows the last reference's shape, so that is what it is held against
-        return judge(sources[-1], result, limits)
+        return judge(sources[-1], result, limits, fit=sources.fit)
 
     return run_catalog(editor, rows, recipe, ledger, out, weights_sha256=editor.weights_sha256, check=check, **options)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,8 +28,10 @@ if TYPE_CHECKING:
 
 LEDGER = "ledger.sqlite"
 MILLICENT_USD = Decimal("0.00001")
-_KEPT_AS = re.compile(r"\(kept as (.+)\)$")
-COLUMNS = ("output", "row_line", "row_id", "variant", "state", "attempts", "seed", "seconds", "usd", "sha256", "linked_to", "why")
+COLUMNS = (
+    *("output", "row_line", "row_id", "variant", "state", "attempts", "seed", "seconds", "usd"),
+    *("sha256", "linked_to", "set_aside", "why"),
+)
 
 Out = Annotated[str, typer.Argument(metavar="OUT", help="The output folder of a run.")]
 StateName = Annotated[str | None, typer.Option("--state", metavar="<state>", help="Only images in it, as quarantined.")]
@@ -108,12 +109,11 @@ def show_image(image: Image) -> Shown:
     from millicent.catalog.gallery import Shown
 
     accepted = image.state in ("done", "linked")
-    set_aside = _KEPT_AS.search(image.why)  # as catalog/run.py words it
     return Shown(
         title=image.row_id,
         variant=image.variant,
         before=image.pictures[-1],
-        after=image.output if accepted else set_aside and set_aside[1],
+        after=image.output if accepted else image.set_aside,
         prompt=image.prompt,
         verdict=image.state,
         accepted=accepted,

@@ -79,7 +79,9 @@ def forecast_cost(
     gpu: Annotated[str | None, typer.Option(help='The card, as "RTX 4090".')] = None,
     images: Annotated[int | None, typer.Option(help="Pictures to edit.")] = None,
     variants: Annotated[int, typer.Option(help="Edits of each.")] = DEFAULT.variants,
-    seconds: Annotated[Decimal | None, number("Seconds of one edit on this card. Default: as `millicent plan` says.", "<s>")] = None,
+    seconds: Annotated[
+        Decimal | None, number("Seconds of one edit on this card. Default: as `millicent plan` says.", "<s>")
+    ] = None,
     busy: Annotated[Decimal, number("Share of the rented time that loaded cards work.", "<share>")] = DEFAULT.busy_share,
     reject: Annotated[Decimal, number("Share of the images that nobody wants.", "<share>")] = DEFAULT.reject_share,
     leave_rejects: Annotated[

@@ -206,7 +206,8 @@ def describe_trouble(event: Event) -> str | None:
     if event.kind == "bad row":
         return f"line {event.row_line}: {event.why}"
     if event.kind == "quarantined":
-        return f"quarantined {event.output or event.row_id} (line {event.row_line}): {event.why}"
+        kept = f" (kept as {event.set_aside})" if event.set_aside else ""
+        return f"quarantined {event.output or event.row_id} (line {event.row_line}): {event.why}{kept}"
     return f"stopping: {event.why}" if event.kind == "stopped" else None
 
 
