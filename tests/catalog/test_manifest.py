@@ -213,6 +213,16 @@ def test_numbered_columns_are_further_references(write: Write, tmp_path: Path) -
     assert two.more_pictures == ()
 
 
+def test_a_mask_lies_beside_its_picture(write: Write, tmp_path: Path) -> None:
+    path = write("sku,image,mask,Maske\nA1,a.png,m.png,n.png\nA2,b.png,,\n")
+    one, two = rows(path)
+    assert (one.mask, two.mask, one.more_pictures) == (str(tmp_path / "m.png"), None, ())
+    assert [row.mask for row in rows(path, mask="Maske")] == [str(tmp_path / "n.png"), None]
+    with pytest.raises(InputError, match="no column 'cover' for the mask"):
+        read(path, mask="cover")
+    assert "scheme ftp" in bad(write("sku,image,mask\nA3,c.png,ftp://x/m.png\n"))[2]
+
+
 def test_json_lines(write: Write, tmp_path: Path) -> None:
     lines = [
         json.dumps({"id": 17, "picture": "a.png", "tags": ["a", "b"], "new": True, "none": None, "box": {"w": 1}}),

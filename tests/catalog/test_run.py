@@ -33,7 +33,7 @@ from millicent.edits import EditRequest
 from millicent.errors import InputError, MachineError, OutputError
 from millicent.images import read_metadata
 from millicent.quality.limits import Limits
-from millicent.quality.sanity import Verdict
+from millicent.quality.sanity import Verdict, judge
 
 Stage = Callable[..., Summary]
 EDITORS = (FakeEditor, FakeStream)
@@ -576,3 +576,51 @@ def test_pictures_are_let_go_as_the_run_goes_on(tmp_path: Path, start: Stage) ->
     start(FakeStream(), rows_of(tmp_path, 200), on_event=count)
     # read ahead, kept, in flight and waiting for the disk: some of each, and none of those that are done
     assert alive[0] - before < 60
+
+
+def mask_of(folder: Path, size: tuple[int, int], box: tuple[int, int, int, int]) -> str:
+    """White where the edit may change the picture."""
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    mask.save(folder / "mask.png")
+    return str(folder / "mask.png")
+
+
+class Repainter(FakeEditor):
+    """Gives its picture back with the left half in another color."""
+
+    def edit(self, request: EditRequest, on_progress: Any = None) -> Any:
+        made, source = super().edit(request, on_progress), request.images[-1].copy()
+        source.paste((200, 30, 30), (0, 0, source.width // 2, source.height))
+        return replace(made, images=(source,))
+
+
+def judged(sources: Sources, result: Image.Image, limits: Limits) -> Verdict:
+    return judge(sources[-1], result, replace(limits, allow_shift=True), sources.mask, fit=sources.fit)
+
+
+@pytest.mark.parametrize(("box", "done"), [((0, 0, 48, 64), 1), ((40, 0, 64, 64), 0), (None, 1)])
+def test_what_changes_outside_of_a_mask_is_rejected(
+    tmp_path: Path, start: Stage, box: tuple[int, int, int, int] | None, done: int
+) -> None:
+    (row,) = rows_of(tmp_path, 1)
+    Image.effect_noise((64, 64), 90).convert("RGB").save(row.picture)
+    masked = row if box is None else replace(row, mask=mask_of(tmp_path, (64, 64), box))
+    summary = start(Repainter(), [masked], make_recipe(redo=0), check=judged)
+    assert (summary.done, summary.quarantined) == (done, 1 - done)
+    if not done:
+        assert "drift" in images(tmp_path)["p0/v0.png"].why or "color" in images(tmp_path)["p0/v0.png"].why
+
+
+def test_a_mask_of_another_size_is_refused_and_another_mask_is_another_image(tmp_path: Path, start: Stage) -> None:
+    (row,) = rows_of(tmp_path, 1)
+    masked = replace(row, mask=mask_of(tmp_path, (16, 20), (0, 0, 8, 8)))
+    assert start(FakeEditor(draw=refuse), [masked]).quarantined == 1
+    assert "has 16x20 pixels, and its picture 16x16" in images(tmp_path)["p0/v0.png"].why
+    keys = []
+    for box in ((0, 0, 8, 8), (0, 0, 9, 9)):
+        mask_of(tmp_path, (16, 16), box)
+        assert start(FakeEditor(), [masked], retry_failed=True).done == 1
+        keys.append(images(tmp_path)["p0/v0.png"].key)
+    assert start(FakeEditor(), [row]).done == 1
+    assert len({*keys, images(tmp_path)["p0/v0.png"].key}) == 3

@@ -17,12 +17,16 @@ MOST_BACKOFF_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """An item's pictures, opened. sha256s: of their files. found_sha256: of an output that stands there already, with this key."""
+    """An item's pictures, opened. sha256s: of their files. found_sha256: of an output that stands there already, with this key.
+
+    mask: in the last picture's size.
+    """
 
     key: str
     sha256s: tuple[str, ...]
     images: tuple[Image.Image, ...]
     found_sha256: str | None
+    mask: Image.Image | None = None
 
 
 @dataclass(slots=True)

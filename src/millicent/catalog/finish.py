@@ -24,13 +24,18 @@ from millicent.quality.sanity import Verdict
 
 
 class Sources(tuple[Image.Image, ...]):
-    """The pictures that a result was drawn from. fit: how the last one came to the result's size, as EditRequest.fit."""
+    """The pictures that a result was drawn from.
+
+    fit: how the last one came to the result's size, as EditRequest.fit. mask: of the last one; what is not black may change.
+    """
 
     fit: Fit = "fit"
+    mask: Image.Image | None = None
 
     @classmethod
-    def of(cls, item: Item, images: Iterable[Image.Image]) -> Self:
+    def of(cls, item: Item, images: Iterable[Image.Image], mask: Image.Image | None = None) -> Self:
         made = cls(images)
+        made.mask = mask
         made.fit = item.fit if item.height is not None else "fit"
         return made
 
@@ -56,7 +61,7 @@ class Finished:
 def finish(item: Item, read: Read, result: EditResult, attempt: int, out: str, limits: Limits, check: Check) -> Finished:
     """Check a picture and write it. Raises OutputError or MachineError where it cannot be written, after some tries."""
     begin = time.perf_counter()
-    verdict = check(Sources.of(item, read.images), result.image, limits)
+    verdict = check(Sources.of(item, read.images, read.mask), result.image, limits)
     checked = time.perf_counter()
     data = encode_image(result.image, item.format.upper(), describe(item, read, result))
     place = item.output if verdict.accepted else set_aside_name(item.output, attempt)

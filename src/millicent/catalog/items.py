@@ -22,6 +22,7 @@ class Item:
     """One picture to draw. `None` means, as in EditRequest: as the model's card says.
 
     row_line, row_id, variant: where it comes from. pictures: where its inputs lie: paths, s3://, gs:// or https://.
+    mask: where one lies that the result is checked by.
     width, height: of the output in pixels, both or neither. seed: always set, so that the same item is the same picture.
     output: where the picture goes under the output folder, checked by names.check_name; its ending says its format.
     """
@@ -40,6 +41,7 @@ class Item:
     steps: int | None = None
     true_cfg: float | None = None
     schedule: Schedule | None = None
+    mask: str | None = None
 
     @property
     def format(self) -> PictureFormat:

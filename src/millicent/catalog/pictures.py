@@ -17,7 +17,8 @@ from PIL import Image
 from millicent.catalog import storage
 from millicent.catalog.attempts import Read, is_remote
 from millicent.catalog.items import Item, item_key
-from millicent.errors import MillicentError
+from millicent.catalog.rows import hide_query
+from millicent.errors import InputError, MillicentError
 from millicent.images import flatten, open_image, read_metadata
 
 KEPT = 4  # pictures that stay open beside those in use: the variants of one row follow each other
@@ -40,8 +41,22 @@ class Pictures:
     def _read(self, item: Item) -> Read:
         opened = [self._open(location) for location in item.pictures]
         sha256s = tuple(sha256 for sha256, _ in opened)
-        key = item_key(sha256s, item, self._weights_sha256)
-        return Read(key, sha256s, tuple(image for _, image in opened), find_finished(self._out, item.output, key))
+        images = tuple(image for _, image in opened)
+        mask, mask_sha256s = self._open_mask(item.mask, images[-1]) if item.mask is not None else (None, ())
+        # a picture that was accepted under one mask may not be under another
+        key = item_key((*sha256s, *mask_sha256s), item, self._weights_sha256)
+        return Read(key, sha256s, images, find_finished(self._out, item.output, key), mask)
+
+    def _open_mask(self, location: str, picture: Image.Image) -> tuple[Image.Image, tuple[str]]:
+        """The mask, and what stands for it in the key. Raises InputError for one of another size."""
+        sha256, mask = self._open(location)
+        if mask.size != picture.size:
+            raise InputError(
+                f"The mask {hide_query(location)} has {mask.width}x{mask.height} pixels, and its picture "
+                f"{picture.width}x{picture.height}.",
+                "Give a mask in the picture's own size.",
+            )
+        return mask.convert("L"), (f"mask {sha256}",)
 
     def _open(self, location: str) -> tuple[str, Image.Image]:
         with self._lock:
@@ -84,7 +99,7 @@ def find_finished(out: str, name: str, key: str) -> str | None:
 
 def asked_digest(item: Item, weights_sha256: str) -> str:
     """What is known of an item without reading its pictures: where they lie, and of a local file its size and time of change."""
-    seen = [[location, *_stat(location)] for location in item.pictures]
+    seen = [[location, *_stat(location)] for location in (*item.pictures, *((item.mask,) if item.mask else ()))]
     return hashlib.sha256(json.dumps([weights_sha256, item.settings_json(), seen]).encode()).hexdigest()
 
 

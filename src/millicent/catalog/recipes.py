@@ -226,6 +226,7 @@ def expand(row: Row, variant: Variant) -> Item | BadRow:
         true_cfg=variant.true_cfg,
         schedule=variant.schedule,
         output=output,
+        mask=row.mask,
     )
 
 

@@ -16,6 +16,7 @@ PICTURE_NAMES = (
     *("picture", "image", "photo", "picture_url", "image_url", "image url", "image_link", "image link", "image src"),
     *("image_path", "picture_path", "file_name", "filename", "file", "path", "url"),
 )
+MASK_NAMES = ("mask", "mask_url", "mask_path")
 CLOUD_SCHEMES = ("s3", "gs")
 READ_SCHEMES = (*CLOUD_SCHEMES, "https")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -29,7 +30,8 @@ class Row:
     id: unlike all others of the manifest, also where neither case nor Unicode's composition counts.
     picture, more_pictures: where they lie: a path, s3://, gs:// or https://. What the manifest gives as a relative path begins at
         the manifest's own folder. more_pictures: further references for the same edit.
-    columns: every value of the row, as text.
+    columns: every value of the row, as text. mask: where a picture lies that is not black where the edit may change the last of the
+        others; the result is checked by it, and not drawn by it.
     """
 
     line: int
@@ -37,6 +39,7 @@ class Row:
     picture: str
     more_pictures: tuple[str, ...]
     columns: Mapping[str, str]
+    mask: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +56,25 @@ class Columns:
 
     id: without any, a row's id is its picture's name without folder and ending.
     more: further references for the same edit; None for those named as the picture's with a 2, 3 ... behind: image_2, "Image 3".
+    mask: where the edit may change the picture.
     encoding: of a CSV or JSON Lines file; None for UTF-8, or what its byte order mark says.
     """
 
     id: str | None = None
     picture: str | None = None
     more: tuple[str, ...] | None = None
+    mask: str | None = None
     encoding: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The file's own names of the columns. id: None where the picture's name is to serve."""
+    """The file's own names of the columns. id: None where the picture's name is to serve. mask: None where there is none."""
 
     id: str | None
     picture: str
     more: tuple[str, ...]
+    mask: str | None
 
 
 @functools.lru_cache(maxsize=64)
@@ -86,7 +92,8 @@ def choose(names: tuple[str, ...], columns: Columns) -> Chosen:
     else:
         numbered = re.compile(re.escape(picture.casefold()) + r"[ _-]?[2-9]")
         more = tuple(name for fold, name in sorted(by_fold.items()) if numbered.fullmatch(fold))
-    return Chosen(_find(by_fold, columns.id, ID_NAMES, "id"), picture, more)
+    mask = _find(by_fold, columns.mask, MASK_NAMES, "mask")
+    return Chosen(_find(by_fold, columns.id, ID_NAMES, "id"), picture, more, mask)
 
 
 def _find(by_fold: Mapping[str, str], asked: str | None, usual: tuple[str, ...], what: str) -> str | None:
@@ -112,13 +119,15 @@ def make_row(line: int, columns: Mapping[str, str], chosen: Chosen, base: str, m
     if not row_id:
         return BadRow(line, f"The column {chosen.id!r} is empty; an id is wanted.")
     more = (*(value for name in chosen.more if (value := columns.get(name, "").strip())), *more)
-    for place in (location, *more):
+    mask = columns.get(chosen.mask, "").strip() if chosen.mask is not None else ""
+    for place in (location, *more, *((mask,) if mask else ())):
         scheme = scheme_of(place)
         if scheme not in ("", *READ_SCHEMES):
             return BadRow(
                 line, f"The picture {hide_query(place)!r} has the scheme {scheme}; a path, s3://, gs:// or https:// is wanted."
             )
-    return Row(line, row_id, resolve(location, base), tuple(resolve(place, base) for place in more), columns)
+    pictures = tuple(resolve(place, base) for place in more)
+    return Row(line, row_id, resolve(location, base), pictures, columns, resolve(mask, base) if mask else None)
 
 
 def scheme_of(location: str) -> str:

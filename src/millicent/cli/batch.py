@@ -119,6 +119,9 @@ def run(
     ] = None,
     id_column: Annotated[str | None, typer.Option("--id-column", help="Default: id, sku and the like.")] = None,
     picture_column: Annotated[str | None, typer.Option("--picture-column", help="Default: picture, image and the like.")] = None,
+    mask_column: Annotated[
+        str | None, typer.Option("--mask-column", help="Where a picture may change: checked, not drawn by. Default: mask.")
+    ] = None,
     encoding: Annotated[str | None, typer.Option(help="Of a CSV or JSON Lines file. Default: UTF-8.")] = None,
     ray: Annotated[
         str | None,
@@ -150,7 +153,7 @@ def run(
     """
     started_s = time.monotonic()
     recipe = read_recipe(recipe_file)
-    columns = Columns(id=id_column, picture=picture_column, encoding=encoding)
+    columns = Columns(id=id_column, picture=picture_column, mask=mask_column, encoding=encoding)
     usd_per_hour = price_of(price, gpu)
     if budget is not None and usd_per_hour is None:
         raise InputError("A budget was given, and no price of the card is known.", "Give --price, or the card with --gpu.")
@@ -218,7 +221,7 @@ def draw(editor: Any, rows: Iterator[Any], recipe: Recipe, ledger: Ledger, out: 
 
     def check(sources: Any, result: Any, limits: Any) -> Any:
         # the result follows the last reference's shape, so that is what it is held against
-        return judge(sources[-1], result, limits, fit=sources.fit)
+        return judge(sources[-1], result, limits, sources.mask, fit=sources.fit)
 
     return run_catalog(editor, rows, recipe, ledger, out, weights_sha256=editor.weights_sha256, check=check, **options)
 
