@@ -223,6 +223,14 @@ def test_a_mask_lies_beside_its_picture(write: Write, tmp_path: Path) -> None:
     assert "scheme ftp" in bad(write("sku,image,mask\nA3,c.png,ftp://x/m.png\n"))[2]
 
 
+def test_a_mask_that_is_asked_for_is_not_passed_over(write: Write, tmp_path: Path) -> None:
+    export = write("Handle,Title,Image Src,Maske\nshirt,Shirt,https://x/a.png,m.png\n")
+    assert [row.mask for row in rows(export)] == [None]
+    assert [row.mask for row in rows(export, mask="Maske")] == [str(tmp_path / "m.png")]
+    with pytest.raises(InputError, match="is a folder, which has no column 'Maske'"):
+        read(str(tmp_path), mask="Maske")
+
+
 def test_json_lines(write: Write, tmp_path: Path) -> None:
     lines = [
         json.dumps({"id": 17, "picture": "a.png", "tags": ["a", "b"], "new": True, "none": None, "box": {"w": 1}}),

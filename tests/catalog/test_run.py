@@ -624,3 +624,20 @@ def test_a_mask_of_another_size_is_refused_and_another_mask_is_another_image(tmp
         keys.append(images(tmp_path)["p0/v0.png"].key)
     assert start(FakeEditor(), [row]).done == 1
     assert len({*keys, images(tmp_path)["p0/v0.png"].key}) == 3
+
+
+def test_a_mask_that_keeps_nothing_is_refused(tmp_path: Path, start: Stage) -> None:
+    (row,) = rows_of(tmp_path, 1)
+    shape = Image.new("RGBA", (16, 16))
+    shape.paste((255, 255, 255, 255), (4, 4, 8, 8))
+    shape.save(tmp_path / "mask.png")
+    assert start(FakeEditor(draw=refuse), [replace(row, mask=str(tmp_path / "mask.png"))]).quarantined == 1
+    assert "is black nowhere" in images(tmp_path)["p0/v0.png"].why
+
+
+def test_a_mask_is_not_taken_for_a_further_reference(tmp_path: Path, start: Stage) -> None:
+    (row,) = rows_of(tmp_path, 1)
+    mask = mask_of(tmp_path, (16, 16), (0, 0, 8, 8))
+    assert start(FakeEditor(), [replace(row, more_pictures=(mask,))]).done == 1
+    again = start(FakeEditor(), [replace(row, mask=mask)])
+    assert (again.done, again.already) == (1, 0)

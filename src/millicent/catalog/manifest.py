@@ -54,11 +54,12 @@ def read_manifest(path: str, columns: Columns | None = None) -> Iterator[Row | B
         raise InputError(f"The manifest {path} is at an address.", "Download it, or give a path, s3:// or gs://.")
     if not is_remote and not Path(path).exists():
         raise InputNotFoundError(f"There is no file or folder {path}.", "Check the path.")
-    if Path(path).is_dir():
-        return _refuse_seconds(read_folder(path))
     ending = PurePosixPath(path).suffix.lower()
-    if is_remote and (path.endswith("/") or not ending):
-        return _refuse_seconds(make_rows(cloud.list_names(path), path))
+    is_folder = (path.endswith("/") or not ending) if is_remote else Path(path).is_dir()
+    if is_folder and asked.mask is not None:
+        raise InputError(f"{path} is a folder, which has no column {asked.mask!r}.", "Write a CSV with the masks' names.")
+    if is_folder:
+        return _refuse_seconds(make_rows(cloud.list_names(path), path) if is_remote else read_folder(path))
     if ending not in (*DELIMITED, *JSON_LINES, *PARQUET):
         raise InputError(
             f"The manifest {path} has the ending {ending!r}; {', '.join((*DELIMITED, *JSON_LINES, *PARQUET))} are read.",
@@ -78,7 +79,8 @@ def _read_file(path: str, ending: str, columns: Columns) -> Iterator[Row | BadRo
             yield from _make_rows(read_json_lines(lines), columns, base)
         else:
             names, records = read_delimited(lines)
-            shopify = recognize_header(names) if columns.picture is None and columns.id is None else None
+            is_named = any(name is not None for name in (columns.id, columns.picture, columns.mask))
+            shopify = None if is_named else recognize_header(names)
             if shopify is not None:
                 yield from read_products(records, shopify)
             else:

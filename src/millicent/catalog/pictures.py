@@ -48,7 +48,7 @@ class Pictures:
         return Read(key, sha256s, images, find_finished(self._out, item.output, key), mask)
 
     def _open_mask(self, location: str, picture: Image.Image) -> tuple[Image.Image, tuple[str]]:
-        """The mask, and what stands for it in the key. Raises InputError for one of another size."""
+        """The mask, and what stands for it in the key. Raises InputError for one of another size, or without black."""
         sha256, mask = self._open(location)
         if mask.size != picture.size:
             raise InputError(
@@ -56,7 +56,13 @@ class Pictures:
                 f"{picture.width}x{picture.height}.",
                 "Give a mask in the picture's own size.",
             )
-        return mask.convert("L"), (f"mask {sha256}",)
+        levels = mask.convert("L")
+        if levels.getextrema()[0] != 0:  # as a white shape on a transparent ground is, once that is laid on white
+            raise InputError(
+                f"The mask {hide_query(location)} is black nowhere, so that nothing would be checked by it.",
+                "Paint what must stay black, without transparency, or leave the mask out.",
+            )
+        return levels, (f"mask {sha256}",)
 
     def _open(self, location: str) -> tuple[str, Image.Image]:
         with self._lock:
@@ -99,7 +105,9 @@ def find_finished(out: str, name: str, key: str) -> str | None:
 
 def asked_digest(item: Item, weights_sha256: str) -> str:
     """What is known of an item without reading its pictures: where they lie, and of a local file its size and time of change."""
-    seen = [[location, *_stat(location)] for location in (*item.pictures, *((item.mask,) if item.mask else ()))]
+    seen = [[location, *_stat(location)] for location in item.pictures]
+    if item.mask is not None:
+        seen.append(["mask", item.mask, *_stat(item.mask)])  # named: as a further reference it would be other work
     return hashlib.sha256(json.dumps([weights_sha256, item.settings_json(), seen]).encode()).hexdigest()
 
 
