@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millicent.engine.needs import needs_of
+from millicent.facts.formats import FORMATS
 from millicent.hardware.findings import Finding, exit_code
 from millicent.hardware.machine import Machine, from_json, to_json
-from millicent.hardware.needs import FORMATS
 from millicent.hardware.preflight import CHECKS, check_machine
 
 MACHINES = Path(__file__).parent.parent / "machines"

@@ -11,10 +11,11 @@ from millicent.engine.needs import needs_of
 from millicent.engine.settings import Settings
 from millicent.engine.workload import ask
 from millicent.errors import InputError, MachineError, ModelNotFoundError
+from millicent.facts.formats import FORMATS
 from millicent.facts.models import find_any_card
 from millicent.hardware.findings import Finding
 from millicent.hardware.machine import GIB, Machine, from_json
-from millicent.hardware.needs import FORMATS, Needs
+from millicent.hardware.needs import Needs
 from millicent.hardware.preflight import check_machine
 
 MACHINES = Path(__file__).parent.parent / "machines"

@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
     if error.name != "psycopg":
         raise
     raise MissingExtraError(
-        "The package psycopg is not installed, and a PostgreSQL ledger needs it.", 'Run: pip install "psycopg[binary]"'
+        "The package psycopg is not installed, and a PostgreSQL ledger needs it.", 'Run: pip install "millicent[postgres]"'
     ) from None
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from millicent.errors import InputError
+from millicent.facts.formats import FORMATS, Format
 
-Format = Literal["bf16", "fp8", "int8", "int8-weight", "nvfp4"]
+__all__ = ["FORMATS", "Attention", "Format", "Settings"]
+
 Attention = Literal["exact", "int8"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

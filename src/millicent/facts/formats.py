@@ -16,6 +16,8 @@ FORMATS_FILE = Path(__file__).parent / "data" / "formats.toml"
 Capability = tuple[int, int]
 FormatName = Literal["bf16", "fp16", "int8", "fp8-tensorwise", "fp8-rowwise", "fp8-blockwise", "mxfp8", "nvfp4", "int4"]
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
+Format = Literal["bf16", "fp8", "int8", "int8-weight", "nvfp4"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 # what the engine calls a format, and the one whose products it then computes
 ENGINE_FORMATS: dict[str, FormatName] = {
     "bf16": "bf16",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from millicent.errors import InputError
+from millicent.facts.formats import Format
 from millicent.facts.rows import read_rows, require_known
 
 MEASURED = Path(__file__).parent / "data" / "measured.toml"
@@ -53,7 +54,7 @@ class Run:
     line: int
     card: str
     system: str
-    format: Literal["bf16", "fp8", "int8", "int8-weight", "nvfp4"]
+    format: Format
     attention: Literal["exact", "int8"]
     reuse_reference: bool
     steps: int

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from millicent.facts.formats import FORMATS
 from millicent.facts.gpus import Gpu, identify
 from millicent.hardware.findings import Finding, error, ok, show_capability, show_gib, warning
 from millicent.hardware.machine import MIB, Card, Machine
-from millicent.hardware.needs import FORMATS, Needs, runs_on_card, support_of
+from millicent.hardware.needs import Needs, runs_on_card, support_of
 
 DEMO = "Without a card the demo model edits on the CPU: millicent edit examples/shirt.png 'make the shirt navy blue' --model demo"
 # of one lane, one way, after encoding; PCI-SIG's rates

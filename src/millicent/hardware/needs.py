@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-from millicent.facts.formats import ENGINE_FORMATS, Support, list_capabilities, support
-
-Format = Literal["bf16", "fp8", "int8", "int8-weight", "nvfp4"]
-FORMATS: tuple[Format, ...] = get_args(Format)
+from millicent.facts.formats import ENGINE_FORMATS, Format, Support, list_capabilities, support
 
 # so much more than the bytes to come, as for `millicent pull`: other programs write to the same disk meanwhile
 DISK_MARGIN = 1.1
