@@ -22,7 +22,8 @@ from millicent.edits import EditRequest
 from millicent.engine import parts
 from millicent.engine.editor import Editor
 from millicent.engine.fast_encoder import quantize_encoder
-from millicent.engine.loading import lay_out, load_model
+from millicent.engine.laying_out import lay_out
+from millicent.engine.loading import load_model
 from millicent.engine.parts import check_memory, find_part, fused_steps, tell_expanded, with_distillation
 from millicent.engine.planner import plan
 from millicent.engine.settings import Settings

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from millicent.engine.loading import lay_out
+from millicent.engine.laying_out import lay_out
 from millicent.engine.planner import Plan, plan
 from millicent.engine.settings import Format, Settings
 from millicent.engine.transformer import Drawing

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
 
 from benchmarks.true_size import TRUE, make_transformer  # noqa: E402
-from millicent.engine.loading import FastDrawing, lay_out  # noqa: E402
+from millicent.engine.laying_out import FastDrawing, lay_out  # noqa: E402
 from millicent.engine.planner import TENSOR_CORES, plan  # noqa: E402
 from millicent.engine.sampler import round_timestep  # noqa: E402
 from millicent.engine.settings import Format, Settings  # noqa: E402

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from millicent import demo
-from millicent.engine.blocks import FastBlock, Half, make_block
+from millicent.engine.blocks import FastBlock, make_block
 from millicent.engine.fast_encoder import quantize_encoder
 from millicent.engine.linears import LINEARS
 from millicent.engine.planner import FORMAT_BYTES, Plan
@@ -56,23 +56,12 @@ QWEN: dict[str, Any] = {
 }
 
 
-def tensors_of(found: object) -> Iterator[Tensor]:
-    match found:
-        case nn.Module():
-            yield from found.parameters()
-            yield from found.buffers()
-        case Half():
-            for linear in (found.qkv, found.out, found.up, found.down):
-                yield from tensors_of(linear)
-        case FastBlock():
-            yield from tensors_of(found.img)
-            yield from tensors_of(found.txt)
-            yield found.qk_norms
-        case _:
-            raise AssertionError(type(found))
+def tensors_of(found: nn.Module) -> Iterator[Tensor]:
+    yield from found.parameters()
+    yield from found.buffers()
 
 
-def size_bytes(found: object) -> int:
+def size_bytes(found: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(found))
 
 

@@ -31,8 +31,7 @@ class RowLinear(Protocol):
 MakeLinear = Callable[[str, Sequence[nn.Module]], RowLinear]
 
 
-@dataclass(frozen=True, slots=True)
-class Half:
+class Half(nn.Module):
     """A block's weights for one of its streams, of pictures or of text. qkv: the three as one."""
 
     qkv: RowLinear
@@ -40,14 +39,22 @@ class Half:
     up: RowLinear
     down: RowLinear
 
+    def __init__(self, qkv: RowLinear, out: RowLinear, up: RowLinear, down: RowLinear) -> None:
+        super().__init__()
+        self.qkv, self.out, self.up, self.down = qkv, out, up, down
 
-@dataclass(frozen=True, slots=True)
-class FastBlock:
+
+class FastBlock(nn.Module):
     """qk_norms: (2, 2, d), of q and k for pictures, then for text."""
 
     img: Half
     txt: Half
     qk_norms: Tensor
+
+    def __init__(self, img: Half, txt: Half, qk_norms: Tensor) -> None:
+        super().__init__()
+        self.img, self.txt = img, txt
+        self.register_buffer("qk_norms", qk_norms)
 
 
 _HALVES = {
@@ -67,7 +74,10 @@ def make_block(block: Block, name: str, make_linear: MakeLinear, device: torch.d
     norms = [attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k]
     return FastBlock(
         **{stream: Half(*(make(names) for names in linears)) for stream, linears in _HALVES.items()},
-        qk_norms=torch.stack([norm.weight.to(device) for norm in norms]).unflatten(0, (2, 2)),
+        # a block without values, which is made for its shapes, has no other device
+        qk_norms=torch.stack([norm.weight if norm.weight.is_meta else norm.weight.to(device) for norm in norms]).unflatten(
+            0, (2, 2)
+        ),
     )
 
 

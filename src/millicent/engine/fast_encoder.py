@@ -8,6 +8,7 @@ is 0 there, nothing changes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +35,20 @@ class _Weight:
         return self.values if self.scale is None else dequantize(self.values, self.scale)
 
 
-def quantize_encoder(network: nn.Module, device: torch.device, wanted: EncoderFormat = "fp8", *, vision: bool = True) -> None:
+def quantize_encoder(
+    network: nn.Module,
+    device: torch.device,
+    wanted: EncoderFormat = "fp8",
+    *,
+    vision: bool = True,
+    take: Callable[[nn.Module], None] = lambda layer: None,
+) -> None:
     """Lay out, in place and on `device`, the linears of the text encoder's network, one layer at a time.
 
     wanted: "fp8" is W8A8 for every linear whose sides 16 divides, with the e4m3 codes of a file kept bit for bit; "bf16" is
     plain numbers, in the dtype of the network's norms, as is what 16 does not divide. vision: the vision tower in `wanted`
-    too; else in plain numbers.
+    too; else in plain numbers. take: given each layer when it is laid out, before the next one is: the vision tower's blocks, the
+    two linears of its merger, the language model's layers.
     Embeddings, norms and the patch embedding stay as they are and where they are. Afterwards only model/qwen_vl.py knows how
     to run the network: TextEncoder.encode, which has transformers run it, raises.
     Raises MachineError, at the first reading, on a card that has no FP8.
@@ -51,8 +60,10 @@ def quantize_encoder(network: nn.Module, device: torch.device, wanted: EncoderFo
         block.attn.qkv = maker.join(block.attn.qkv)
         block.attn.proj = maker.join(block.attn.proj)
         _lay_out_mlp(block.mlp, maker)
+        take(block)
     merger = tower.merger.mlp
     merger[0], merger[2] = maker.join(merger[0]), maker.join(merger[2])
+    take(merger)
     maker = _Maker(device, maker.dtype, wanted)
     for layer in language.layers:
         attention = layer.self_attn
@@ -60,6 +71,7 @@ def quantize_encoder(network: nn.Module, device: torch.device, wanted: EncoderFo
         del attention.q_proj, attention.k_proj, attention.v_proj
         attention.o_proj = maker.join(attention.o_proj)
         _lay_out_mlp(layer.mlp, maker)
+        take(layer)
 
 
 def _lay_out_mlp(mlp: Any, maker: _Maker) -> None:

@@ -124,8 +124,8 @@ class CapturedVAE:
 
     def __init__(self, vae: VAE, *, graphs: bool = True) -> None:
         self.vae = vae
-        device = next(vae.parameters()).device
-        self._replays = Replays(GraphRecorder(device).record, PASSES_KEPT) if graphs else None
+        self._replays: Replays | None = None
+        self.record(graphs)
 
     @property
     def config(self) -> VAEConfig:
@@ -140,6 +140,11 @@ class CapturedVAE:
     def decode(self, latents: Tensor) -> Tensor:
         """As VAE.decode: (B, 16, h, w) -> (B, 3, 8 h, 8 w)."""
         return self._run("decode", self.vae.decode, latents)
+
+    def record(self, records: bool) -> None:
+        """Whether passes are recorded from now on."""
+        device = next(self.vae.parameters()).device
+        self._replays = Replays(GraphRecorder(device).record, PASSES_KEPT) if records else None
 
     def clear(self) -> None:
         """Forget all recordings: their memory is needed."""

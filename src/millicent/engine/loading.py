@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,18 @@ from millicent.checkpoint.lora import fuse_loras
 from millicent.checkpoint.recognize import Network
 from millicent.engine import planner
 from millicent.engine.caches import ByteBudgetCache
-from millicent.engine.fast_encoder import quantize_encoder
 from millicent.engine.fast_vae import CapturedVAE, speed_up
-from millicent.engine.linears import linear_maker
-from millicent.engine.modulation import ModulationSource, attach_stored
+from millicent.engine.fitting import choose_placement, limit_memory, sizes_of
+from millicent.engine.laying_out import FastDrawing, lay_out, lay_out_encoder, open_slabs
+from millicent.engine.modulation import attach_stored
 from millicent.engine.parts import NETWORKS, FoundPart, check_memory, find_part, fused_steps, tell_expanded, with_distillation
+from millicent.engine.placement import Placement
 from millicent.engine.planner import Plan
 from millicent.engine.reading import Reader
+from millicent.engine.residency import Residency
 from millicent.engine.sampler import BaseSchedule
 from millicent.engine.settings import Settings
-from millicent.engine.transformer import FastMMDiT
+from millicent.engine.workload import read_sizes
 from millicent.errors import CheckpointError, IncompleteModelError, InputError, MachineError
 from millicent.facts.models import ModelCard
 from millicent.model import text_encoder, vae
@@ -46,30 +49,12 @@ LATENTS_BYTES = 64 << 20  # of what the VAE made of pictures; one of 1024x1024 t
 
 
 @dataclass(frozen=True, slots=True)
-class FastDrawing:
-    """The transformer laid out for its card; what Model.mmdit has left then is what stands before and after the blocks."""
-
-    plan: Plan
-    network: FastMMDiT
-    modulation: ModulationSource
-
-
-def lay_out(mmdit: MMDiT, plan: Plan, device: torch.device, dtype: torch.dtype) -> FastDrawing:
-    """Move a network to a device in a plan's formats, block by block; the network is left without its blocks."""
-    modulation = ModulationSource(mmdit, device, dtype)
-    for name in ("txt_norm", "img_in", "txt_in", "proj_out"):
-        mmdit.get_submodule(name).to(device)
-    maker = linear_maker(plan, mmdit.config.num_layers, device, dtype)
-    network = FastMMDiT(mmdit, maker, attention=plan.attention, reuse_reference=plan.reuse_reference)
-    return FastDrawing(plan, network, modulation)
-
-
-@dataclass(frozen=True, slots=True)
 class Model:
     """Everything that an edit runs on. fast, reader, latents: None where the plain networks draw, read and encode.
 
     latents: (1, 16, h, w) of the pictures that the VAE saw last, by caches.image_key of what it saw.
     schedule: how the folder's scheduler shifts the base schedule. warnings: what to know of the weights.
+    residency: what moves weights to and from the card; None where all stay there. wave: how many edits share one exchange.
     """
 
     card: ModelCard
@@ -84,6 +69,8 @@ class Model:
     fast: FastDrawing | None = None
     reader: Reader | None = None
     latents: ByteBudgetCache[str, Tensor] | None = None
+    residency: Residency | None = None
+    wave: int = 1
 
     @property
     def pixels_per_token(self) -> int:
@@ -115,6 +102,11 @@ def load_model(
             "Formats, 8-bit attention, reuse and our kernels compute in BF16 on a card, and fp32 is asked for.",
             "Leave out fp32, or draw in it with the plain network (--plain).",
         )
+    if settings.memory_gb is not None and device.type != "cuda":
+        raise InputError("memory_gb is of a card's memory, and this is a CPU.", "Leave it out.")
+    limit_bytes = None if settings.memory_gb is None else int(settings.memory_gb * 1e9)
+    if limit_bytes is not None:
+        limit_memory(device, limit_bytes)
     folder = open_folder(path)
     if folder.pipeline != card.pipeline:
         raise CheckpointError(
@@ -127,7 +119,12 @@ def load_model(
     own = [] if card.lora is None or fused else [_find_lora(path, card.lora)]
     card = with_distillation(card, fused, own, loras)
     keep_codes = not own and not loras
-    check_memory([parts[network] for network in NETWORKS], keep_codes, dtype, device, plan)
+    if plan is None or device.type != "cuda":
+        check_memory([parts[network] for network in NETWORKS], keep_codes, dtype, device, plan)
+        placement = None
+    else:
+        # before anything is read
+        placement = choose_placement(read_sizes(path), card, plan, device, limit_bytes)
     mmdit = _load_mmdit(path / "transformer", transformer, dtype, keep_codes)
     if own or loras:
         fuse_loras(mmdit, [*((lora, 1.0) for lora in own), *loras])
@@ -151,32 +148,67 @@ def load_model(
             for warning in (*part.warnings, *tell_expanded(part, keep_codes or network == "text_encoder", dtype))
         ),
     )
-    return model if plan is None else speed_up_model(model, plan)
+    if plan is None:
+        return model
+    shared_as = None if placement is None else _name_layers(model, parts, [*((lora, 1.0) for lora in own), *loras], plan)
+    return speed_up_model(model, plan, placement, shared_as, limit_bytes)
 
 
-def speed_up_model(model: Model, plan: Plan) -> Model:
+def _name_layers(model: Model, parts: Mapping[Network, FoundPart], loras: Sequence[tuple[Path, float]], plan: Plan) -> str:
+    """What the laid-out layers are called between the processes of a host: by their files, formats and versions, unread."""
+    files = [path for network in ("transformer", "text_encoder") for path in parts[network].paths]
+    stats = [(str(path.resolve()), *_stat(path)) for path in (*files, *(lora for lora, _ in loras))]
+    told = (
+        stats,
+        [strength for _, strength in loras],
+        dataclasses.replace(plan, because=()),
+        str(model.dtype),
+        torch.__version__,
+        version("millicent"),
+    )
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def _stat(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def speed_up_model(
+    model: Model,
+    plan: Plan,
+    placement: Placement | None = None,
+    shared_as: str | None = None,
+    limit_bytes: int | None = None,
+) -> Model:
     """The same model with every part as fast as its plan says: the transformer laid out, the VAE fused, the encoder remembering.
 
+    placement: where its weights lie; None for as much on the card as fits. shared_as: what its layers are called to the other
+    processes of this host, where they wait there; None for memory of this process alone. limit_bytes: of the card's memory.
     Its networks are taken over, and are of no use elsewhere afterwards.
+    Raises MachineError for a card or a host that is too small.
     """
     assert isinstance(model.vae, VAE)
-    fast = lay_out(model.mmdit, plan, model.device, model.dtype)
+    on_card, network = model.device.type == "cuda", model.text_encoder.network
+    if placement is None and on_card:
+        placement = choose_placement(sizes_of(model), model.card, plan, model.device, limit_bytes)
+    residency = None if placement is None else Residency(placement, model.device, limit_bytes)
+    wanted = plan.text_encoder if placement is not None else None
+    if residency is not None and residency.in_turn:
+        open_slabs(residency, model.mmdit, network, plan, wanted, model.dtype, shared_as)
+    fast = lay_out(model.mmdit, plan, model.device, model.dtype, residency)
+    lay_out_encoder(network, model.device, wanted, residency)
+    if residency is not None and residency.has_slabs:
+        residency.settle(residency.placement)
+    records = placement is None or placement.records_graphs
+    fast.network.record(records)
+    reader = Reader(model.text_encoder, CACHE_BYTES, uses_graphs=records)
     latents = ByteBudgetCache[str, Tensor](LATENTS_BYTES)
-    if model.device.type != "cuda":
-        return dataclasses.replace(model, fast=fast, reader=Reader(model.text_encoder, CACHE_BYTES), latents=latents)
-    quantize_encoder(model.text_encoder.network, model.device, plan.text_encoder)
-    _move_encoder(model.text_encoder.network, model.device)
-    reader = Reader(model.text_encoder, CACHE_BYTES)
-    speed_up(model.vae)
-    return dataclasses.replace(model, fast=fast, reader=reader, latents=latents, vae=CapturedVAE(model.vae))
-
-
-def _move_encoder(network: Any, device: torch.device) -> None:
-    """All but the table of embeddings: an edit reads a few of its 152,064 rows, which take a gigabyte."""
-    language = network.language_model
-    table, language.embed_tokens = language.embed_tokens, None
-    network.to(device)
-    language.embed_tokens = table
+    vae: VAE | CapturedVAE = model.vae
+    if on_card:
+        speed_up(model.vae)
+        vae = CapturedVAE(model.vae, graphs=records)
+    return dataclasses.replace(model, fast=fast, reader=reader, latents=latents, vae=vae, residency=residency)
 
 
 def _describe_card(device: torch.device) -> tuple[planner.Capability | None, str]:

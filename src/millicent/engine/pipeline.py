@@ -21,7 +21,8 @@ from torch import Tensor
 
 from millicent.edits import EditRequest
 from millicent.engine.caches import image_key, size_bytes
-from millicent.engine.loading import FastDrawing, Model
+from millicent.engine.laying_out import FastDrawing
+from millicent.engine.loading import Model
 from millicent.engine.modulation import check_schedule
 from millicent.engine.output import Sent, to_uint8
 from millicent.engine.sampler import base_sigmas, denoise, guide, lightning_sigmas

@@ -1,25 +1,27 @@
-"""Where a model's parts lie while it draws: on the card, on the card in turn, streamed to it block by block, or on the host.
+"""Where a model's parts lie while it draws: on the card, on the card in turn, streamed to it layer by layer, or on the host.
 
 Pure: bytes in, a placement out. The first of these that fits is taken, so that more memory never streams more:
 
 1. everything stays on the card but the table of embeddings, of which an edit reads a few rows: it stays on the host;
 2. no passes are recorded as graphs, whose memory no one else may use;
-3. text encoder and transformer lie on the card in turn, and a wave of pictures shares one exchange;
+3. text encoder and transformer share one arena of the card's memory and lie there in turn: what of them overlaps is exchanged,
+   and a wave of pictures shares one exchange;
 4. of the transformer only so many blocks stay as there is room for; the others come through a ring of two, in every step;
-5. the text encoder comes layer by layer too.
+5. the text encoder's layers too.
 
-1 is what the engine does today, and of 2 to 5 what carries them out is still to be written.
+engine/residency.py carries it out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from millicent.errors import MachineError
 from millicent.model import sizes
-from millicent.model.sizes import BF16_BYTES, ModelSizes, Workload
+from millicent.model.sizes import ALIGNMENT_BYTES, BF16_BYTES, ModelSizes, Workload
 
 Where = Literal["card", "card in turn", "streamed", "host"]
 
@@ -59,16 +61,19 @@ class Phases:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Components:
-    """What has to lie somewhere, in bytes. blocks: of the transformer, each. kept: keys and values of references, with reuse.
+    """What has to lie somewhere, in bytes. kept: keys and values of references, with reuse.
 
-    text_encoder: without its table of embeddings, which is `embedding`.
+    blocks: of the transformer, each; encoder_sizes: of the text encoder's layers, in the order in which they run. Of these the last
+    language_layers are the language model's. Both as they lie in a slab, each tensor from a multiple of ALIGNMENT_BYTES on.
+    edges, encoder_edges: what stands before, between and after them, without the table of embeddings, which is `embedding`.
     """
 
     blocks: tuple[int, ...]
     edges: int
     table: int
-    text_encoder: int
-    encoder_layers: int
+    encoder_sizes: tuple[int, ...]
+    language_layers: int
+    encoder_edges: int
     embedding: int
     vae: int
     kept: int
@@ -78,35 +83,38 @@ class Components:
     @property
     def steady(self) -> int:
         """What lies on the card under every placement."""
-        return CONTEXT_BYTES + SLACK_BYTES + self.edges + self.table + self.vae + self.caches
+        return CONTEXT_BYTES + SLACK_BYTES + self.edges + self.encoder_edges + self.table + self.vae + self.caches
+
+    @property
+    def beside(self) -> int:
+        """On the card beside the layers, where no passes are recorded.
+
+        What is kept of references stays from one edit to the next (engine/transformer.py), so that a reading has it beside it too.
+        """
+        return self.steady + self.kept + self.phases.largest
 
     @property
     def transformer(self) -> int:
         return sum(self.blocks)
 
     @property
+    def text_encoder(self) -> int:
+        return sum(self.encoder_sizes)
+
+    @property
     def weights(self) -> int:
         """All that stays on the card under the first placement."""
-        return self.transformer + self.edges + self.table + self.text_encoder + self.vae
+        return self.transformer + self.edges + self.table + self.text_encoder + self.encoder_edges + self.vae
 
     @property
     def whole(self) -> int:
-        """Of a card's memory that the first placement takes, which is the one that today's engine carries out."""
+        """Of a card's memory that the first placement takes."""
         return self.steady + self.transformer + self.text_encoder + self.kept + self.phases.recorded
 
     @property
     def least(self) -> int:
         """Of a card's memory that the last placement takes, with all weights streamed."""
-        reading = self.steady + self.encoder_ring + self.phases.text
-        return max(reading, self.steady + self.kept + self.ring + self.phases.drawing)
-
-    @property
-    def ring(self) -> int:
-        return RING_SLOTS * max(self.blocks)
-
-    @property
-    def encoder_ring(self) -> int:
-        return RING_SLOTS * self.text_encoder // self.encoder_layers
+        return self.beside + RING_SLOTS * max(*self.blocks, *self.encoder_sizes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,19 +133,23 @@ class PlacedPart:
 class Placement:
     """Where everything is.
 
-    in_turn: text encoder and transformer are exchanged for each wave of pictures. records_graphs: passes are recorded.
-    resident_blocks: of the transformer. exchanged_bytes: over the link, once a wave; streamed_step_bytes: in each forward of the
-    transformer; streamed_text_bytes: in each of the text encoder's. pinned_bytes: of the host's memory, for what crosses the link.
-    peaks: (phase, bytes on the card), everything counted.
+    in_turn: text encoder and transformer lie on the card in turn, and share arena_bytes of it. records_graphs: passes are recorded.
+    resident_blocks: of the transformer, resident_encoder_layers: of the text encoder; the others are streamed.
+    exchanged_bytes: over the link, once a wave, both ways together; streamed_step_bytes: in each forward of the transformer;
+    streamed_text_bytes: in one pass of the whole text encoder, of which streamed_language_bytes are the language model's.
+    pinned_bytes: of the host's memory, for what crosses the link. peaks: (phase, bytes on the card), everything counted.
     """
 
     parts: tuple[PlacedPart, ...]
     in_turn: bool
     records_graphs: bool
+    arena_bytes: int
     resident_blocks: int
+    resident_encoder_layers: int
     exchanged_bytes: int
     streamed_step_bytes: int
     streamed_text_bytes: int
+    streamed_language_bytes: int
     pinned_bytes: int
     peaks: tuple[tuple[str, int], ...]
     free_bytes: int
@@ -157,9 +169,25 @@ class Placement:
         return HOST_BASE_BYTES + self.host_bytes
 
     @property
-    def is_carried_out(self) -> bool:
-        """Whether the engine does it today: it keeps everything on the card but the table of embeddings, and records graphs."""
-        return self.records_graphs and not self.in_turn
+    def streams(self) -> bool:
+        return bool(self.streamed_step_bytes or self.streamed_text_bytes)
+
+    @property
+    def weights(self) -> Literal["on the card", "in turn", "streamed"]:
+        """Where they are, in a word."""
+        return "streamed" if self.streams else "in turn" if self.in_turn else "on the card"
+
+    def reading_bytes(self, work: Workload) -> int:
+        """Streamed in one edit's reading, of pictures and wordings that were not read before.
+
+        The vision tower sees each picture by itself; the language model reads system text and pictures, and then each wording.
+        """
+        vision = self.streamed_text_bytes - self.streamed_language_bytes
+        return work.references * vision + (1 + work.forwards) * self.streamed_language_bytes
+
+    def edit_bytes(self, work: Workload) -> int:
+        """Streamed in one edit; what a wave exchanges is not among it."""
+        return self.reading_bytes(work) + work.forwards * work.steps * self.streamed_step_bytes
 
 
 def weigh(
@@ -173,11 +201,12 @@ def weigh(
     reuses: bool,
     has_fp8: bool = True,
 ) -> Components:
-    """blocks: bytes of each of the transformer's, in their formats; number_format: of the blocks, text_encoder: of its linears.
+    """blocks: bytes of each of the transformer's, as slabs. number_format: of the blocks, text_encoder: of its linears.
 
     has_fp8: whether the card's tensor cores have it.
     """
     transformer, encoder = model.transformer, model.text_encoder
+    layers = sizes.encoder_layers(encoder, text_encoder)
     # keys and values; 8-bit attention keeps INT8 codes of keys, and FP8 ones of values where the card has FP8
     kept = 1 + (1 if has_fp8 else BF16_BYTES) if attention == "int8" else 2 * BF16_BYTES
     per_token = kept * transformer.dim * transformer.num_layers
@@ -185,8 +214,9 @@ def weigh(
         blocks=tuple(blocks),
         edges=sizes.edge_bytes(transformer),
         table=sizes.table_bytes(transformer, work.steps),
-        text_encoder=sizes.encoder_bytes(encoder, text_encoder),
-        encoder_layers=encoder.layers,
+        encoder_sizes=tuple(sizes.slab_bytes(tensors) for tensors in layers),
+        language_layers=encoder.layers,
+        encoder_edges=sizes.encoder_edge_bytes(encoder),
         embedding=sizes.embedding_bytes(encoder),
         vae=sizes.vae_bytes(model.vae),
         kept=work.reference_tokens * per_token * work.forwards if reuses else 0,
@@ -268,10 +298,13 @@ def _place_all(parts: Components, free_bytes: int) -> Placement | None:
                 ),
                 in_turn=False,
                 records_graphs=records,
+                arena_bytes=0,
                 resident_blocks=len(parts.blocks),
+                resident_encoder_layers=len(parts.encoder_sizes),
                 exchanged_bytes=0,
                 streamed_step_bytes=0,
                 streamed_text_bytes=0,
+                streamed_language_bytes=0,
                 pinned_bytes=0,
                 peaks=peaks,
                 free_bytes=free_bytes,
@@ -281,59 +314,146 @@ def _place_all(parts: Components, free_bytes: int) -> Placement | None:
 
 
 def _peaks_of_all(parts: Components, records: bool) -> tuple[tuple[str, int], ...]:
-    phases, others = parts.phases, parts.whole - parts.phases.recorded
     # a graph keeps its memory when others run; before one is recorded, what is cached is given back
+    if records:
+        return tuple((name, parts.whole) for name, _ in _peaks(parts, 0))
+    return _peaks(parts, parts.transformer + parts.text_encoder)
+
+
+def _peaks(parts: Components, layers_bytes: int) -> tuple[tuple[str, int], ...]:
+    """Of each phase, with so many bytes of layers on the card."""
+    phases, others = parts.phases, parts.steady + parts.kept + layers_bytes
     sizes_of = {"text": phases.text, "VAE encode": phases.vae_encode, "denoise": phases.denoise, "VAE decode": phases.vae_decode}
-    return tuple((name, parts.whole if records else others + size) for name, size in sizes_of.items())
+    return tuple((name, others + size) for name, size in sizes_of.items())
 
 
 def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
     """Text encoder first, then transformer, each whole or in pieces. Raises MachineError where not even pieces fit."""
     _check_least(parts, free_bytes)
-    reads_whole = parts.steady + parts.text_encoder + parts.phases.text <= free_bytes
-    room = free_bytes - parts.steady - parts.kept - parts.phases.drawing
-    draws_whole = parts.transformer <= room
-    largest = max(parts.blocks)
-    resident = len(parts.blocks) if draws_whole else min(len(parts.blocks) - 1, (room - parts.ring) // largest)
-    streamed = sum(sorted(parts.blocks, reverse=True)[: len(parts.blocks) - resident])
-    encoder_card = parts.text_encoder if reads_whole else parts.encoder_ring
-    drawing_card = parts.transformer - streamed + (0 if draws_whole else parts.ring)
-    transformer = PlacedPart(
-        name="transformer",
-        where="card in turn" if draws_whole else "streamed",
-        size_bytes=parts.transformer,
-        card_bytes=drawing_card,
-        host_bytes=parts.transformer,
-        because="it does not fit beside the text encoder"
-        if draws_whole
-        else f"{resident} of {len(parts.blocks)} blocks fit; {streamed / _GIB:.1f} GiB cross the link in every step",
-    )
-    encoder = PlacedPart(
-        name="text encoder",
-        where="card in turn" if reads_whole else "streamed",
-        size_bytes=parts.text_encoder,
-        card_bytes=encoder_card,
-        host_bytes=parts.text_encoder,
-        because="a wave of pictures is read before the transformer comes" if reads_whole else "it does not fit even alone",
-    )
-    drawing = parts.steady + drawing_card + parts.kept
+    blocks, layers = parts.blocks, parts.encoder_sizes
+    # all that lies there begins at a multiple
+    arena_bytes = min(free_bytes - parts.beside, parts.transformer + parts.text_encoder) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    resident, resident_layers = count_resident(blocks, arena_bytes), count_resident(layers, arena_bytes)
+    drawing, reading = lay_out_arena(blocks, layers, resident, resident_layers, arena_bytes)
+    streamed_step = streamed_bytes(blocks, spread(len(blocks), resident))
+    stays = spread(len(layers), resident_layers)
+    first_language = len(layers) - parts.language_layers
+    streamed_language = streamed_bytes(layers[first_language:], stays[first_language:])
+    streamed_text = streamed_language + streamed_bytes(layers[:first_language], stays[:first_language])
+    exchanged = overlapped_bytes(blocks, drawing, reading) + overlapped_bytes(layers, reading, drawing)
+    told = f"text encoder and transformer do not fit together: they lie on the card in turn, in {arena_bytes / _GIB:.1f} GiB"
     return Placement(
-        parts=(transformer, encoder, _embedding(parts), *_small(parts, records=False)),
+        parts=(
+            _in_turn("transformer", blocks, resident, drawing, f"{streamed_step / _GIB:.1f} GiB cross the link in every step"),
+            _in_turn("text encoder", layers, resident_layers, reading, f"{streamed_text / _GIB:.1f} GiB cross the link in a pass"),
+            _embedding(parts),
+            *_small(parts, records=False),
+        ),
         in_turn=True,
         records_graphs=False,
+        arena_bytes=arena_bytes,
         resident_blocks=resident,
-        exchanged_bytes=(parts.text_encoder if reads_whole else 0) + parts.transformer - streamed,
-        streamed_step_bytes=streamed,
-        streamed_text_bytes=0 if reads_whole else parts.text_encoder,
+        resident_encoder_layers=resident_layers,
+        exchanged_bytes=exchanged,
+        streamed_step_bytes=streamed_step,
+        streamed_text_bytes=streamed_text,
+        streamed_language_bytes=streamed_language,
         pinned_bytes=parts.text_encoder + parts.transformer,
-        peaks=(
-            ("text", parts.steady + encoder_card + parts.phases.text),
-            ("VAE encode", drawing + parts.phases.vae_encode),
-            ("denoise", drawing + parts.phases.denoise),
-            ("VAE decode", drawing + parts.phases.vae_decode),
-        ),
+        peaks=_peaks(parts, arena_bytes),
         free_bytes=free_bytes,
-        because="text encoder and transformer do not fit together, and lie on the card in turn, for a wave of pictures each",
+        because=f"{told}; {exchanged / _GIB:.1f} GiB are exchanged for a wave of pictures" if exchanged else told,
+    )
+
+
+def _in_turn(name: str, layer_sizes: Sequence[int], resident: int, places: Places, streamed_told: str) -> PlacedPart:
+    is_whole = resident == len(layer_sizes)
+    return PlacedPart(
+        name=name,
+        where="card in turn" if is_whole else "streamed",
+        size_bytes=sum(layer_sizes),
+        card_bytes=places.end - places.begin,
+        host_bytes=sum(layer_sizes),
+        because="it fits alone" if is_whole else f"{resident} of {len(layer_sizes)} layers fit; {streamed_told}",
+    )
+
+
+# the arena
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where one network's layers lie in the arena, in bytes from its beginning.
+
+    begins: of each layer, None for one that is streamed. slots: of its ring, none where nothing is streamed. begin, end: of all of
+    it, the ring included.
+    """
+
+    begins: tuple[int | None, ...]
+    slots: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def lay_out_arena(
+    blocks: Sequence[int], encoder_sizes: Sequence[int], resident_blocks: int, resident_encoder_layers: int, arena_bytes: int
+) -> tuple[Places, Places]:
+    """The transformer's layers from the arena's beginning, and the text encoder's from its end; both networks' sizes are in bytes.
+
+    Between them lie their rings, which keep nothing from one pass to the next: so they overlap first.
+    """
+    drawing, reading = _line_up(blocks, resident_blocks), _line_up(encoder_sizes, resident_encoder_layers)
+    slot = _slot_bytes(encoder_sizes, resident_encoder_layers)
+    shift = arena_bytes - reading.end
+    assert max(drawing.end, reading.end) <= arena_bytes, (drawing.end, reading.end, arena_bytes)
+    first = shift + len(reading.slots) * slot
+    return drawing, Places(
+        begins=tuple(None if begin is None else first + begin for begin in reading.begins),
+        slots=tuple(shift + number * slot for number in range(len(reading.slots))),
+        begin=shift,
+        end=arena_bytes,
+    )
+
+
+def _line_up(layer_sizes: Sequence[int], resident: int) -> Places:
+    """The layers that stay, one after another from 0 on, and then the ring."""
+    stays, slot = spread(len(layer_sizes), resident), _slot_bytes(layer_sizes, resident)
+    ends = list(accumulate((size if here else 0 for size, here in zip(layer_sizes, stays, strict=True)), initial=0))
+    slots = tuple(ends[-1] + number * slot for number in range(RING_SLOTS)) if slot else ()
+    begins = tuple(begin if here else None for begin, here in zip(ends[:-1], stays, strict=True))
+    return Places(begins=begins, slots=slots, begin=0, end=ends[-1] + len(slots) * slot)
+
+
+def _slot_bytes(layer_sizes: Sequence[int], resident: int) -> int:
+    """The largest layer's that is streamed; 0 where none is."""
+    stays = spread(len(layer_sizes), resident)
+    return max((size for size, here in zip(layer_sizes, stays, strict=True) if not here), default=0)
+
+
+def spread(count: int, resident: int) -> tuple[bool, ...]:
+    """Which of so many layers are resident: the others come evenly among them, each as late as it may.
+
+    Then the ring is filled while layers run that are here.
+    """
+    streamed = count - resident
+    comes = {-(-(number + 1) * count // streamed) - 1 for number in range(streamed)}
+    return tuple(number not in comes for number in range(count))
+
+
+def count_resident(layer_sizes: Sequence[int], arena_bytes: int) -> int:
+    """As many layers as fit: all, or some beside a ring for the others. With a ring alone it is 0."""
+    return next((n for n in range(len(layer_sizes), 0, -1) if _line_up(layer_sizes, n).end <= arena_bytes), 0)
+
+
+def streamed_bytes(layer_sizes: Sequence[int], stays: Sequence[bool]) -> int:
+    return sum(size for size, here in zip(layer_sizes, stays, strict=True) if not here)
+
+
+def overlapped_bytes(layer_sizes: Sequence[int], places: Places, others: Places) -> int:
+    """Of one network's layers that the other's places are written over: they are copied again when the network is needed."""
+    return sum(
+        size
+        for size, begin in zip(layer_sizes, places.begins, strict=True)
+        if begin is not None and begin < others.end and others.begin < begin + size
     )
 
 
@@ -366,6 +486,7 @@ def _small(parts: Components, records: bool) -> tuple[PlacedPart, ...]:
     phases = parts.phases
     named = [
         ("transformer's edges", parts.edges, "what stands before and after the blocks"),
+        ("text encoder's edges", parts.encoder_edges, "what stands before and after its layers"),
         ("modulation table", parts.table, "in place of a third of the transformer's weights"),
         ("VAE", parts.vae, "small"),
         ("kept keys and values", parts.kept, "of the references, which later steps do not compute again"),

@@ -88,8 +88,8 @@ class Reader:
         self._config: Any = self._network.config
         check_config(self._config)
         self.device = _device_of(text_encoder.network)
-        records = uses_graphs and self.device.type == "cuda"
-        self.replays = Replays(GraphRecorder(self.device).record, _KEPT_GRAPHS) if records else None
+        self.replays: Replays | None = None
+        self.record(uses_graphs)
         pictures, openings = int(budget_bytes * _PICTURES_SHARE), int(budget_bytes * _OPENINGS_SHARE)
         self.pictures = ByteBudgetCache[str, Picture](pictures)
         self.openings = ByteBudgetCache[tuple[str, ...], Opening](openings)
@@ -97,6 +97,11 @@ class Reader:
         self._normalized = text_encoder.normalize_levels().to(self.device)
         # of sizes, not of content
         self._plan = functools.lru_cache(_KEPT_PLANS)(functools.partial(_plan_on, self._config, self.device))
+
+    def record(self, records: bool) -> None:
+        """Whether what comes again is recorded as graphs from now on; on a CUDA device alone."""
+        records = records and self.device.type == "cuda"
+        self.replays = Replays(GraphRecorder(self.device).record, _KEPT_GRAPHS) if records else None
 
     def clear(self) -> None:
         """Forget everything: the weights have changed, or the memory is needed."""

@@ -23,6 +23,8 @@ class Settings:
     bf16_down: keep the MLPs' down-projections, whose inputs have the largest outliers, in BF16.
     bf16_edge_blocks: keep so many blocks at either end in BF16.
     plain: draw with the plain network of model/, without our kernels and formats; the reference for all else.
+    memory_gb: of the card's memory, use at most so many GB of 1e9 bytes; what does not fit waits on the host. None for all that is
+    free.
     """
 
     format: Format | None = None
@@ -31,6 +33,7 @@ class Settings:
     bf16_down: bool = False
     bf16_edge_blocks: int = 0
     plain: bool = False
+    memory_gb: float | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError."""
@@ -40,6 +43,10 @@ class Settings:
             raise InputError(f"The attention is {self.attention!r}.", "Use exact or int8.")
         if self.bf16_edge_blocks < 0:
             raise InputError(f"bf16_edge_blocks is {self.bf16_edge_blocks}.", "Use 0 or more.")
+        if self.memory_gb is not None and not 0 < self.memory_gb < 1e6:
+            raise InputError(f"memory_gb is {self.memory_gb}.", "Use the GB of the card's memory that may be used.")
+        if self.plain and self.memory_gb is not None:
+            raise InputError("The plain network lies on the card as a whole.", "Leave out --plain, or the limit of memory.")
         if self.plain and (self.format or self.attention != "exact" or self.reuse_reference):
             raise InputError(
                 "The plain network has no formats, 8-bit attention or reuse.", "Leave out --plain, or everything that it excludes."

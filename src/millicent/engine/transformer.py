@@ -14,8 +14,8 @@ The same network as model/mmdit.py, whose weights it takes over, laid out anew:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 from weakref import WeakValueDictionary
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from millicent.engine.blocks import FastBlock, Half, MakeLinear, Mods, RowLinear, make_block
+from millicent.engine.layer_stack import Stack
 from millicent.kernels import Bounds, Kernels, KeysValues, Rows, choose, choose_int8_attention
 from millicent.model.layers import Block, make_rope
 from millicent.model.mmdit import MMDiT
@@ -89,8 +90,12 @@ class FastMMDiT:
         uses_graphs: bool = True,
         overlaps_text: bool = True,
         kernels: Kernels | None = None,
+        take: Callable[[FastBlock], None] | None = None,
     ) -> None:
-        """Takes the blocks' weights over, one block at a time, and leaves the network without its blocks."""
+        """Takes the blocks' weights over, one block at a time, and leaves the network without its blocks.
+
+        take: given each block when it is laid out, before the next one is.
+        """
         self.config = mmdit.config
         self.attention = attention
         self.reuse_reference = reuse_reference
@@ -102,7 +107,8 @@ class FastMMDiT:
         self.uses_graphs = uses_graphs and self.device.type == "cuda"
         self.overlaps_text = overlaps_text
         # one for all graphs: torch's streams come round again after 32, and might be another graph's
-        self.side = torch.cuda.Stream(self.device, priority=-1) if self.uses_graphs else None
+        self.side = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
+        self.stack: Stack | None = None  # None: all blocks are on the card
         self._drawings: OrderedDict[tuple[object, ...], Drawing] = OrderedDict()
         self._kept: WeakValueDictionary[tuple[int, int], Tensor] = WeakValueDictionary()
         self._kept_codes: WeakValueDictionary[tuple[int, int], KeysValues] = WeakValueDictionary()
@@ -114,6 +120,8 @@ class FastMMDiT:
             assert isinstance(block, Block)
             self.blocks.append(make_block(block, f"transformer_blocks.{number}", make_linear, self.device))
             taken[number] = nn.Identity()  # lets the block's own weights go
+            if take is not None:
+                take(self.blocks[-1])
 
     def start(self, txt: Tensor, references: Tensor, img_shapes: Sequence[tuple[int, int]], mods: Mods, slot: int = 0) -> Drawing:
         """One picture's drawing. txt (1, T, C) of the encoder; references (1, R, 64); img_shapes as MMDiT.forward's.
@@ -148,6 +156,15 @@ class FastMMDiT:
             shape = config.num_layers, references, config.num_attention_heads, config.attention_head_dim
             kept = self._kept_codes[references, slot] = self.int8_attention.make_kept(*shape, self.device)
         return kept
+
+    def at(self, number: int) -> AbstractContextManager[None]:
+        """A block's weights are on the card for what is done within."""
+        return nullcontext() if self.stack is None else self.stack.at(number)
+
+    def record(self, records: bool) -> None:
+        """Whether steps are recorded as graphs from now on."""
+        self.uses_graphs = records and self.device.type == "cuda"
+        self.forget()
 
     def forget(self) -> None:
         """Let go of every shape's buffers and graphs: the memory is needed, or a step has failed half-way."""
@@ -234,15 +251,18 @@ class Drawing:
         attended = txt.x
         with _joined(side):
             for number, block in enumerate(network.blocks[:-1]):
-                joint = self._project(number, img, txt, kept, side)
-                # until here the side may have read the last block's: memory that is let go goes to the next who asks
-                attended = self._attend(number, joint, slice(kept, kept + len(img.x) + len(txt.x)), reuses)
-                _fork(side)
-                with torch.cuda.stream(side):
-                    self._finish_block(number, block.txt, txt, attended[len(img.x) :])
-                self._finish_block(number, block.img, img, attended[: len(img.x)])
-            joint = self._project(len(network.blocks) - 1, img, txt, kept, side)
-        return self._draw(joint, img.x[len(img.x) - self.target :], reuses)
+                with network.at(number):
+                    joint = self._project(number, img, txt, kept, side)
+                    # until here the side may have read the last block's: memory that is let go goes to the next who asks
+                    attended = self._attend(number, joint, slice(kept, kept + len(img.x) + len(txt.x)), reuses)
+                    _fork(side)
+                    with torch.cuda.stream(side):
+                        self._finish_block(number, block.txt, txt, attended[len(img.x) :])
+                    self._finish_block(number, block.img, img, attended[: len(img.x)])
+            last = len(network.blocks) - 1
+            with network.at(last):
+                joint = self._project(last, img, txt, kept, side)
+                return self._draw(joint, img.x[len(img.x) - self.target :], reuses)
 
     def _project(self, number: int, img: Part, txt: Part, kept: int, side: torch.cuda.Stream | None) -> Tensor:
         """Queries, keys and values of a block (S, 3, H, d), raw.

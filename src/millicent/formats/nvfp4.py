@@ -70,7 +70,8 @@ def _encode_e2m1(values: Tensor) -> Tensor:
 class NVFP4Linear(nn.Module):
     """y = x w^T + b, of x (..., K), in the dtype of x; the rows of x are quantized as the weight is, all under one global scale.
 
-    backend: "emulation" multiplies out both operands to FP32; "native" is the tensor cores' product, for Blackwell.
+    backend: "emulation" multiplies out both operands to FP32; "native" is the tensor cores' product, for Blackwell; None for the
+    one that the device of the rows runs.
     """
 
     # its product takes plain rows, as the global scale of a tensor cannot come from its rows
@@ -82,7 +83,7 @@ class NVFP4Linear(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, codes: Tensor, scale: Tensor, bias: Tensor | None, global_scale: Tensor, backend: Backend = "emulation"
+        self, codes: Tensor, scale: Tensor, bias: Tensor | None, global_scale: Tensor, backend: Backend | None = None
     ) -> None:
         """codes, scale and global_scale as Packed has them; bias (N,) or None.
 
@@ -99,13 +100,13 @@ class NVFP4Linear(nn.Module):
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        """weight (N, K) BF16 or FP32, quantized where it lies; bias (N,) or None. On Blackwell the product is native.
+        """weight (N, K) BF16 or FP32, quantized where it lies; bias (N,) or None.
 
         Raises InputError for sides that 16 does not divide.
         """
         check_sides(weight.shape[0], weight.shape[1], "NVFP4")
         codes, scales, global_scale = quantize(weight)
-        return cls(codes, scales, bias, global_scale, "native" if _major(weight.device) in NATIVE_MAJORS else "emulation")
+        return cls(codes, scales, bias, global_scale)
 
     def matmul(self, values: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
         """values (M, K) BF16 or FP32, no scale -> (M, N) in their dtype, in `out` if given.
@@ -115,7 +116,8 @@ class NVFP4Linear(nn.Module):
         assert scale is None
         x = quantize(values)
         weight = Packed(self.weight, self.weight_scale, self.weight_global_scale)
-        y = _multiply_native(x, weight) if self.backend == "native" else dequantize(x) @ dequantize(weight).t()
+        backend = self.backend or ("native" if _major(values.device) in NATIVE_MAJORS else "emulation")
+        y = _multiply_native(x, weight) if backend == "native" else dequantize(x) @ dequantize(weight).t()
         y = (y if self.bias is None else y + self.bias.float()).to(values.dtype)
         return y if out is None else out.copy_(y)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Self
@@ -17,6 +17,8 @@ from millicent.model.config import MMDiTConfig, VAEConfig
 
 BF16_BYTES = 2
 SCALE_BYTES = 4  # FP32
+# a layer's tensors lie one after another on the host and in the card's arena; each begins at a multiple, more than kernels ask for
+ALIGNMENT_BYTES = 512
 MULTIPLE = 16  # of both sides of an 8-bit product's weight
 TIMESTEP_CHANNELS = 256
 PATCH_PX = 16  # a side of one token of the transformer: 8 pixels a latent, 2 latents a token
@@ -40,25 +42,30 @@ class Matrix:
     def values(self) -> int:
         return self.rows * self.columns
 
+    def tensors(self, number_format: str) -> tuple[int, ...]:
+        """Bytes of its codes, its scales and its bias, as formats/ holds them. number_format: one of FORMATS' names."""
+        bias = (BF16_BYTES * self.rows,) if self.has_bias else ()
+        return (*WEIGHT_TENSORS[number_format](self.rows, self.columns), *bias)
+
     def size_bytes(self, number_format: str) -> int:
-        """With its scales and its bias, as formats/ holds them. number_format: one of FORMATS' names."""
-        return WEIGHT_BYTES[number_format](self.rows, self.columns) + BF16_BYTES * self.rows * self.has_bias
+        """Of all of them."""
+        return sum(self.tensors(number_format))
 
 
-def _plain(rows: int, columns: int) -> int:
-    return BF16_BYTES * rows * columns
+def _plain(rows: int, columns: int) -> tuple[int, ...]:
+    return (BF16_BYTES * rows * columns,)
 
 
-def _one_byte(rows: int, columns: int) -> int:
-    return rows * columns + SCALE_BYTES * rows
+def _one_byte(rows: int, columns: int) -> tuple[int, ...]:
+    return rows * columns, SCALE_BYTES * rows
 
 
-def _nvfp4(rows: int, columns: int) -> int:
+def _nvfp4(rows: int, columns: int) -> tuple[int, ...]:
     # half a byte a code, a byte for each 16 in tiles of 128 x 4, and one FP32 scale for the tensor
-    return rows * columns // 2 + _round_up(rows, 128) * _round_up(columns // 16, 4) + SCALE_BYTES
+    return rows * columns // 2, _round_up(rows, 128) * _round_up(columns // 16, 4), SCALE_BYTES
 
 
-WEIGHT_BYTES: Mapping[str, Callable[[int, int], int]] = {
+WEIGHT_TENSORS: Mapping[str, Callable[[int, int], tuple[int, ...]]] = {
     "bf16": _plain,
     "fp8": _one_byte,
     "int8": _one_byte,
@@ -69,6 +76,11 @@ WEIGHT_BYTES: Mapping[str, Callable[[int, int], int]] = {
 
 def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
+
+
+def slab_bytes(tensors: Iterable[int]) -> int:
+    """Of a layer whose tensors lie one after another, each from a multiple of ALIGNMENT_BYTES on."""
+    return sum(_round_up(size, ALIGNMENT_BYTES) for size in tensors)
 
 
 # the transformer
@@ -88,11 +100,16 @@ def block_matrices(config: MMDiTConfig, number: int) -> tuple[Matrix, ...]:
     )
 
 
-def block_bytes(config: MMDiTConfig, number: int, format_of: Callable[[str, int], str]) -> int:
-    """A block's on the card, modulation not among them. format_of: as engine.planner.Plan's."""
+def block_tensors(config: MMDiTConfig, number: int, format_of: Callable[[str, int], str]) -> tuple[int, ...]:
+    """Bytes of each of a block's on the card, modulation not among them. format_of: as engine.planner.Plan's."""
     norms = 4 * config.attention_head_dim * BF16_BYTES
     matrices = block_matrices(config, number)
-    return norms + sum(matrix.size_bytes(format_of(matrix.name, config.num_layers)) for matrix in matrices)
+    return (*(size for matrix in matrices for size in matrix.tensors(format_of(matrix.name, config.num_layers))), norms)
+
+
+def block_bytes(config: MMDiTConfig, number: int, format_of: Callable[[str, int], str]) -> int:
+    """Of all of block_tensors."""
+    return sum(block_tensors(config, number, format_of))
 
 
 def edge_matrices(config: MMDiTConfig) -> tuple[Matrix, ...]:
@@ -179,40 +196,70 @@ class QwenVLSizes:
         return self.hidden // self.heads
 
 
-def language_matrices(sizes: QwenVLSizes) -> Iterator[Matrix]:
-    """The language model's linears as engine/fast_encoder.py lays them out. The head that writes words is never loaded."""
+def language_layers(sizes: QwenVLSizes) -> Iterator[tuple[Matrix, ...]]:
+    """The linears of each of the language model's layers, as engine/fast_encoder.py lays them out.
+
+    The head that writes words is never loaded.
+    """
     width = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
     inner = _round_up(sizes.intermediate, MULTIPLE)
     for layer in range(sizes.layers):
         name = f"language_model.layers.{layer}"
-        yield Matrix(f"{name}.self_attn.qkv_proj", width, sizes.hidden)
-        yield Matrix(f"{name}.self_attn.o_proj", sizes.hidden, sizes.heads * sizes.head_dim, has_bias=False)
-        yield Matrix(f"{name}.mlp.gate_up_proj", 2 * inner, sizes.hidden, has_bias=False)
-        yield Matrix(f"{name}.mlp.down_proj", sizes.hidden, inner, has_bias=False)
+        yield (
+            Matrix(f"{name}.self_attn.qkv_proj", width, sizes.hidden),
+            Matrix(f"{name}.self_attn.o_proj", sizes.hidden, sizes.heads * sizes.head_dim, has_bias=False),
+            Matrix(f"{name}.mlp.gate_up_proj", 2 * inner, sizes.hidden, has_bias=False),
+            Matrix(f"{name}.mlp.down_proj", sizes.hidden, inner, has_bias=False),
+        )
 
 
-def vision_matrices(sizes: QwenVLSizes) -> Iterator[Matrix]:
-    """The vision tower's; its MLPs are made wider, to a multiple of 16, with zeros."""
+def vision_blocks(sizes: QwenVLSizes) -> Iterator[tuple[Matrix, ...]]:
+    """The linears of each of the vision tower's blocks; their MLPs are made wider, to a multiple of 16, with zeros."""
     hidden, inner = sizes.vision_hidden, _round_up(sizes.vision_intermediate, MULTIPLE)
     for layer in range(sizes.vision_layers):
         name = f"visual.blocks.{layer}"
-        yield Matrix(f"{name}.attn.qkv", 3 * hidden, hidden)
-        yield Matrix(f"{name}.attn.proj", hidden, hidden)
-        yield Matrix(f"{name}.mlp.gate_up_proj", 2 * inner, hidden)
-        yield Matrix(f"{name}.mlp.down_proj", hidden, inner)
-    merged = hidden * sizes.vision_merge**2
-    yield Matrix("visual.merger.mlp.0", merged, merged)
-    yield Matrix("visual.merger.mlp.2", sizes.hidden, merged)
+        yield (
+            Matrix(f"{name}.attn.qkv", 3 * hidden, hidden),
+            Matrix(f"{name}.attn.proj", hidden, hidden),
+            Matrix(f"{name}.mlp.gate_up_proj", 2 * inner, hidden),
+            Matrix(f"{name}.mlp.down_proj", hidden, inner),
+        )
+
+
+def merger_matrices(sizes: QwenVLSizes) -> tuple[Matrix, ...]:
+    """What makes the vision tower's tokens the language model's."""
+    merged = sizes.vision_hidden * sizes.vision_merge**2
+    return Matrix("visual.merger.mlp.0", merged, merged), Matrix("visual.merger.mlp.2", sizes.hidden, merged)
 
 
 @cache
-def encoder_bytes(sizes: QwenVLSizes, number_format: str) -> int:
-    """All of the text encoder but its table of embeddings. number_format: "bf16" or "fp8", where 16 divides both sides."""
-    matrices = itertools.chain(language_matrices(sizes), vision_matrices(sizes))
-    linears = sum(m.size_bytes(number_format if m.rows % MULTIPLE == m.columns % MULTIPLE == 0 else "bf16") for m in matrices)
-    norms = (2 * sizes.layers + 1) * sizes.hidden + (2 * sizes.vision_layers + 1) * sizes.vision_hidden
+def encoder_layers(sizes: QwenVLSizes, number_format: str) -> tuple[tuple[int, ...], ...]:
+    """Bytes of each tensor of each layer, as they run: the vision tower's blocks, its merger, the language model's layers.
+
+    number_format: "bf16", or "fp8" where 16 divides both sides.
+    """
+
+    def tensors(matrices: Iterable[Matrix]) -> tuple[int, ...]:
+        formats = ((m, number_format if m.rows % MULTIPLE == m.columns % MULTIPLE == 0 else "bf16") for m in matrices)
+        return tuple(size for m, wanted in formats for size in m.tensors(wanted))
+
+    vision_norms, norms = ((BF16_BYTES * width,) * 2 for width in (sizes.vision_hidden, sizes.hidden))
+    return (
+        *((*tensors(block), *vision_norms) for block in vision_blocks(sizes)),
+        tensors(merger_matrices(sizes)),
+        *((*tensors(layer), *norms) for layer in language_layers(sizes)),
+    )
+
+
+def encoder_edge_bytes(sizes: QwenVLSizes) -> int:
+    """What is in no layer but the table of embeddings: the patch embedding, the merger's norm and the last one."""
     patches = sizes.vision_hidden * sizes.vision_channels * sizes.vision_patch_frames * sizes.vision_patch_px**2
-    return linears + BF16_BYTES * (norms + patches)
+    return BF16_BYTES * (sizes.hidden + sizes.vision_hidden + patches)
+
+
+def encoder_bytes(sizes: QwenVLSizes, number_format: str) -> int:
+    """All of the text encoder but its table of embeddings. number_format: as encoder_layers'."""
+    return sum(sum(tensors) for tensors in encoder_layers(sizes, number_format)) + encoder_edge_bytes(sizes)
 
 
 def embedding_bytes(sizes: QwenVLSizes) -> int:
@@ -391,6 +438,6 @@ def encoder_flop(sizes: QwenVLSizes, work: Workload) -> float:
     """The vision tower over every picture's patches, then the language model over all tokens, the system prefix included."""
     tokens = SYSTEM_TOKENS + work.text_tokens
     patches = work.references * work.picture_tokens * sizes.vision_merge**2
-    language = 2.0 * tokens * sum(m.values for m in language_matrices(sizes)) + 2.0 * tokens**2 * sizes.hidden * sizes.layers
-    vision = 2.0 * patches * sum(m.values for m in vision_matrices(sizes) if ".merger." not in m.name)
-    return language + vision
+    language = 2.0 * tokens * sum(m.values for layer in language_layers(sizes) for m in layer)
+    vision = 2.0 * patches * sum(m.values for block in vision_blocks(sizes) for m in block)
+    return language + 2.0 * tokens**2 * sizes.hidden * sizes.layers + vision

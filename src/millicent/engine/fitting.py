@@ -1,0 +1,92 @@
+"""What of a model fits on its card, and giving its weights their places by that."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from millicent.engine.fast_vae import CapturedVAE
+from millicent.engine.laying_out import take_all
+from millicent.engine.machine_plan import weigh_plan
+from millicent.engine.placement import CONTEXT_BYTES, Components, Placement, place
+from millicent.engine.planner import Plan
+from millicent.facts.models import ModelCard
+from millicent.hardware.memory import read_memory
+from millicent.model.sizes import ModelSizes, QwenVLSizes, Workload
+
+if TYPE_CHECKING:
+    from millicent.engine.loading import Model
+
+
+def sizes_of(model: Model) -> ModelSizes:
+    return ModelSizes(
+        transformer=model.mmdit.config,
+        text_encoder=QwenVLSizes.from_dict(model.text_encoder.network.config.to_dict()),  # type: ignore[operator,union-attr]
+        vae=model.vae.config,
+    )
+
+
+def usual_work(card: ModelCard) -> Workload:
+    """What room is left for when a model is opened: one reference, a square picture of the card's area."""
+    side = round(math.sqrt(card.vae_area_px))
+    return Workload(
+        width=side,
+        height=side,
+        references=1,
+        steps=card.steps,
+        reference_px=card.vae_area_px,
+        encoder_px=card.encoder_area_px,
+        guided=card.true_cfg > 1,
+    )
+
+
+def limit_memory(device: torch.device, limit_bytes: int) -> None:
+    """Let this process take no more of a card than that, CUDA's own memory included. For its whole life."""
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(1, limit_bytes - CONTEXT_BYTES) / total_bytes), device)
+
+
+def free_bytes(device: torch.device, limit_bytes: int | None = None) -> int:
+    """Of the card, with what this process has taken so far and its context."""
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + CONTEXT_BYTES
+    return free if limit_bytes is None else min(free, limit_bytes)
+
+
+def weigh_model(sizes: ModelSizes, work: Workload, plan: Plan, device: torch.device) -> Components:
+    return weigh_plan(sizes, work, plan, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+
+
+def choose_placement(
+    sizes: ModelSizes, card: ModelCard, plan: Plan, device: torch.device, limit_bytes: int | None = None
+) -> Placement:
+    """As much on the card as fits. limit_bytes: of the card's memory, what may be used.
+
+    Raises MachineError for a card or a host that is too small.
+    """
+    parts = weigh_model(sizes, usual_work(card), plan, device)
+    return place(parts, free_bytes(device, limit_bytes), read_memory().available_bytes)
+
+
+def carry_out(model: Model, placement: Placement) -> None:
+    """Give the weights of a model that is open their places. Work on the card has ended, and nothing is remembered of any shape."""
+    assert model.fast is not None
+    assert model.residency is not None
+    if placement.in_turn and not model.residency.has_slabs:
+        take_all(model.residency, model.fast.network, model.text_encoder.network)
+    if model.residency.has_slabs:
+        model.residency.settle(placement)
+    else:
+        model.residency.placement = placement
+    record_passes(model, placement.records_graphs)
+
+
+def record_passes(model: Model, records: bool) -> None:
+    """Whether shapes that come again are recorded as graphs, whose memory nobody else may use."""
+    assert model.fast is not None
+    assert model.reader is not None
+    model.fast.network.record(records)
+    model.reader.record(records)
+    if isinstance(model.vae, CapturedVAE):
+        model.vae.record(records)

@@ -1,0 +1,55 @@
+"""When an edit runs out of the card's memory: once more, with less of the model there."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from millicent.engine.failures import is_out_of_memory
+from millicent.engine.fitting import carry_out, free_bytes, sizes_of, usual_work, weigh_model
+from millicent.engine.loading import Model
+from millicent.engine.placement import Placement, place
+from millicent.engine.residency import Residency
+from millicent.errors import MachineError, MillicentError
+from millicent.hardware.memory import read_memory
+
+T = TypeVar("T")
+_LOG = logging.getLogger("millicent")
+# less than that would soon be asked for again
+_STEP_BYTES = 1 << 30
+
+
+def once_more_with_less(model: Model, error: MillicentError, work: Callable[[], T]) -> T:
+    """Do work again that has failed for want of the card's memory, with less of the model there. Says so in the log.
+
+    Where that is not enough the former placement comes back, and the second error is raised; where nothing can go, the first.
+    """
+    residency = model.residency
+    lower = None if residency is None else _lower(model, residency)
+    if residency is None or lower is None:
+        raise error
+    before = residency.placement
+    _LOG.warning("%s Now %s; the edit is drawn again.", error.message, lower.because)
+    carry_out(model, lower)
+    try:
+        return work()
+    except MillicentError as again:
+        if is_out_of_memory(again):
+            carry_out(model, before)
+        raise
+
+
+def _lower(model: Model, residency: Residency) -> Placement | None:
+    """A placement with at least a gigabyte less than the present one; None where the card or the host is too small for one."""
+    assert model.fast is not None
+    now = residency.placement
+    parts = weigh_model(sizes_of(model), usual_work(model.card), model.fast.plan, model.device)
+    left = min(free_bytes(model.device, residency.limit_bytes), now.peak_bytes) - _STEP_BYTES
+    # slabs are written once: they are no new demand on the host
+    host = sys.maxsize if residency.has_slabs else read_memory().available_bytes
+    try:
+        return place(parts, left, host)
+    except MachineError:
+        return None

@@ -1,0 +1,159 @@
+"""A model whose weights do not all stay on its device draws the same pictures, to the bit, wherever they lie."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cache
+
+import pytest
+import torch
+from PIL import Image
+
+from millicent import demo
+from millicent.edits import EditRequest
+from millicent.engine import fitting, pressure
+from millicent.engine.editor import Editor, find_model
+from millicent.engine.loading import Model, load_model, speed_up_model
+from millicent.engine.placement import Components, Placement, place_on_card
+from millicent.engine.planner import Plan, plan
+from millicent.engine.settings import Format, Settings
+from millicent.errors import MachineError
+
+CPU = torch.device("cpu")
+SIZES = [(64, 96), (96, 64)]
+
+
+def make_plan(number_format: Format = "bf16", reuse: bool = False) -> Plan:
+    made = plan(Settings(format=number_format, reuse_reference=reuse), None, "a CPU")
+    assert made is not None
+    return made
+
+
+def load(chosen: Plan, share: float | None) -> Model:
+    """The demo model with so much of the memory that it can use: 1 for all, 0 for the least that it can do with."""
+    _, folder, card = find_model("demo")
+    model = load_model(folder, card, CPU, torch.bfloat16)
+    return speed_up_model(model, chosen, None if share is None else place(weigh(model, chosen), share))
+
+
+def weigh(model: Model, chosen: Plan) -> Components:
+    return fitting.weigh_model(fitting.sizes_of(model), fitting.usual_work(model.card), chosen, CPU)
+
+
+def place(parts: Components, share: float) -> Placement:
+    all_layers = parts.beside + parts.transformer + parts.text_encoder
+    return place_on_card(parts, parts.least + round(share * (all_layers - parts.least)))
+
+
+def make_requests() -> list[EditRequest]:
+    photo = Image.open(demo.folder() / "photo.png") if (demo.folder() / "photo.png").exists() else Image.radial_gradient("L")
+    pictures = [photo.convert("RGB").resize(size) for size in SIZES]
+    prompts = ["make the shirt navy blue", "a sand backdrop"]
+    return [
+        EditRequest(images=(pictures[n % 2],), prompt=prompt, seed=n, schedule="base", steps=2) for n, prompt in enumerate(prompts)
+    ]
+
+
+def draw(model: Model) -> list[bytes]:
+    editor = Editor("demo", model)
+    return [image.tobytes() for request in make_requests() for image in editor.edit(request).images]
+
+
+@cache
+def wanted(number_format: Format, reuse: bool) -> Sequence[bytes]:
+    return draw(load(make_plan(number_format, reuse), 1.0))
+
+
+SHARES = [0.9, 0.6, 0.3, 0.0]
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(("number_format", "reuse"), [("bf16", False), ("fp8", False), ("int8", True)])
+def test_draws_the_same_pictures_wherever_weights_lie(share: float, number_format: Format, reuse: bool) -> None:
+    model = load(make_plan(number_format, reuse), share)
+    assert model.residency is not None
+    assert model.residency.in_turn
+    assert draw(model) == wanted(number_format, reuse)
+
+
+def test_the_shares_are_different_placements() -> None:
+    _, folder, card = find_model("demo")
+    parts = weigh(load_model(folder, card, CPU, torch.bfloat16), make_plan())
+    placements = [place(parts, share) for share in (1.0, *SHARES)]
+    assert not placements[0].in_turn
+    assert all(placement.in_turn for placement in placements[1:])
+    assert [placement.streamed_step_bytes > 0 for placement in placements] == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("resident", [0, 1, 5])
+def test_draws_the_same_pictures_with_a_streamed_text_encoder(resident: int) -> None:
+    """Of a demo that is so small no placement streams it."""
+    chosen = make_plan()
+    _, folder, card = find_model("demo")
+    model = load_model(folder, card, CPU, torch.bfloat16)
+    placement = dataclasses.replace(place(weigh(model, chosen), 0.3), resident_encoder_layers=resident)
+    model = speed_up_model(model, chosen, placement)
+    assert draw(model) == wanted("bf16", False)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_copies_what_the_placement_says(share: float) -> None:
+    """After the first edit; two readings of the text for one drawing of so many steps."""
+    chosen = make_plan()
+    model = load(chosen, share)
+    editor, requests = Editor("demo", model), make_requests()
+    assert model.residency is not None
+    editor.edit(requests[0])
+    before = model.residency.copied_bytes
+    editor.edit(dataclasses.replace(requests[1], seed=5))
+    copied, placement = model.residency.copied_bytes - before, model.residency.placement
+    work = dataclasses.replace(fitting.usual_work(model.card), steps=2)
+    # what a ring has of the next pass when the other network comes is lost
+    ring = 2 * (max(weigh(model, chosen).blocks) + 2 * max(weigh(model, chosen).encoder_sizes))
+    told = placement.exchanged_bytes + placement.edit_bytes(work)
+    assert told <= copied <= told + ring
+
+
+def test_runs_out_of_memory_once_and_draws_with_less(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    model = load(make_plan(), 1.0)
+    assert model.residency is not None
+    lower = place(weigh(model, make_plan()), 0.3)
+    monkeypatch.setattr(pressure, "_lower", lambda *_: lower)
+    editor, tries = Editor("demo", model), []
+    request = make_requests()[0]
+
+    def edit() -> list[bytes]:
+        tries.append(model.residency and model.residency.in_turn)
+        return [image.tobytes() for image in editor.edit(request).images]
+
+    drawn = pressure.once_more_with_less(model, MachineError("The memory is too small.", "Use less."), edit)
+    assert drawn == list(wanted("bf16", False))[:1]
+    assert tries == [True]
+    assert "on the card in turn" in caplog.text
+    assert draw(model) == wanted("bf16", False)
+
+
+def test_comes_back_to_the_former_placement_where_less_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(make_plan(), 1.0)
+    assert model.residency is not None
+    before = model.residency.placement
+    monkeypatch.setattr(pressure, "_lower", lambda *_: place(weigh(model, make_plan()), 0.0))
+
+    def fail() -> None:
+        raise MachineError("It is too small again.", "Use less.") from torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(MachineError, match="again"):
+        pressure.once_more_with_less(model, MachineError("It is too small.", "Use less."), fail)
+    assert model.residency.placement == before
+    assert not model.residency.in_turn
+    copied = model.residency.copied_bytes
+    assert draw(model) == wanted("bf16", False)
+    assert model.residency.copied_bytes == copied
+
+
+def test_says_the_first_error_where_nothing_less_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(make_plan(), 0.0)
+    monkeypatch.setattr(pressure, "_lower", lambda *_: None)
+    with pytest.raises(MachineError, match="too small"):
+        pressure.once_more_with_less(model, MachineError("It is too small.", "Use less."), lambda: None)
