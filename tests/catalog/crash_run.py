@@ -19,7 +19,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from fake_editor import WEIGHTS, FakeEditor, FakeStream, accept, make_recipe, make_rows
+from fake_editor import WEIGHTS, FakeEditor, FakeStream, FakeWaves, accept, make_recipe, make_rows
 from PIL import Image
 
 from millicent import Editor
@@ -55,7 +55,7 @@ class Job:
     def open_editor(self) -> tuple[Any, str]:
         if self.demo is not None:
             return self.demo, self.demo.weights_sha256
-        kind = random.choice((FakeEditor, FakeStream))
+        kind = random.choice((FakeEditor, FakeStream, FakeWaves))
         return kind(draw=self.note_drawing), WEIGHTS
 
     def note_drawing(self, request: EditRequest) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -55,13 +57,17 @@ class FakeEditor:
 class FakeStream(FakeEditor):
     """The same with several in flight, as Editor.edit_many: a result comes once `ahead` + 2 more requests have been taken."""
 
-    def edit_many(self, requests: Iterable[EditRequest], ahead: int = 1) -> Iterator[EditResult | MillicentError]:
+    def edit_many(
+        self, requests: Iterable[EditRequest], ahead: int = 1, cancelled: threading.Event | None = None
+    ) -> Iterator[EditResult | MillicentError]:
         taken: list[EditRequest] = []
         for request in requests:
             taken.append(request)
             if len(taken) > ahead + 2:
                 yield self._outcome(taken.pop(0))
-        while taken:
+            if cancelled is not None and cancelled.is_set():
+                return
+        while taken and not (cancelled is not None and cancelled.is_set()):
             yield self._outcome(taken.pop(0))
 
     def _outcome(self, request: EditRequest) -> EditResult | MillicentError:
@@ -69,6 +75,22 @@ class FakeStream(FakeEditor):
             return self.edit(request)
         except MillicentError as error:
             return error
+
+
+class FakeWaves(FakeStream):
+    """The same in waves, as Editor.edit_many where weights are exchanged: all of a wave are taken before the first is drawn."""
+
+    wave = 10
+
+    def edit_many(
+        self, requests: Iterable[EditRequest], ahead: int = 1, cancelled: threading.Event | None = None
+    ) -> Iterator[EditResult | MillicentError]:
+        source = iter(requests)
+        while wave := list(islice(source, self.wave)):
+            for request in wave:
+                if cancelled is not None and cancelled.is_set():
+                    return
+                yield self._outcome(request)
 
 
 def accept(sources: Sequence[Image.Image], result: Image.Image, limits: Limits) -> Verdict:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -161,6 +163,54 @@ def test_a_run_may_be_left_early(open_cluster: Callable[..., Cluster], tmp_path:
     assert shade(next(run)) == 20
     run.close()  # type: ignore[attr-defined]
     assert [shade(each) for each in cluster.edit_many(request(seed) for seed in (70, 71))] == [70, 71]
+
+
+class WavePainter(Painter):
+    """Takes eight requests before it draws the first of them, and writes down how many they were."""
+
+    wave = 8
+
+    def edit_many(
+        self, requests: Iterable[EditRequest], ahead: int = 1, cancelled: threading.Event | None = None
+    ) -> Iterator[Outcome]:
+        source = iter(requests)
+        while wave := list(itertools.islice(source, self.wave)):
+            with (self.diary / "waves").open("a") as file:
+                file.write(f"{len(wave)}\n")
+            for each in wave:
+                yield self.edit(each)
+
+
+def wave_painter(diary: Path, seconds: float = 0.0) -> WavePainter:
+    return WavePainter(diary, seconds)
+
+
+def test_a_worker_that_draws_in_waves_has_a_whole_one_in_hand(open_cluster: Callable[..., Cluster], tmp_path: Path) -> None:
+    cluster = open_cluster(partial(wave_painter, tmp_path), 1)
+    found = [shade(each) for each in cluster.edit_many(request(seed) for seed in range(60, 84))]
+    assert found == list(range(60, 84))
+    assert (tmp_path / "waves").read_text().split() == ["8", "8", "8"]
+
+
+def test_cancelled_no_request_is_taken_and_what_is_in_hand_is_finished_but_in_waves(
+    open_cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    for open_editor in (painter, wave_painter):
+        cancelled, taken = threading.Event(), list[int]()
+
+        def source(taken: list[int] = taken) -> Iterator[EditRequest]:
+            for seed in range(60, 99):
+                taken.append(seed)
+                yield request(seed)
+
+        results = open_cluster(partial(open_editor, tmp_path, 0.05), 1).edit_many(source(), cancelled=cancelled)
+        assert shade(next(results)) == 60
+        before = len(taken)
+        cancelled.set()
+        found = [shade(each) for each in results]
+        assert found == taken[1 : 1 + len(found)]
+        assert len(taken) == before < 15
+        assert (len(found) == before - 1) == (open_editor is painter)
 
 
 def test_what_opening_a_model_raises_is_told(open_cluster: Callable[..., Cluster]) -> None:

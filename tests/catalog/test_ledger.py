@@ -172,6 +172,25 @@ def test_a_killed_run_is_buried_and_what_it_was_at_is_paid_as_lost(tmp_path: Pat
         assert bill.accepted == 2
 
 
+def test_a_claim_that_is_given_back_was_no_attempt(url: str) -> None:
+    with Ledger.open(url) as ledger:
+        begin(ledger)
+        for number, state in enumerate(("failed", "running"), 1):
+            assert ledger.claim(work(), 7, 0.0).attempt == number
+            if state == "failed":
+                ledger.end(work(), 1, Ended(state="failed", attempt_state="failed", seconds=1.0, elapsed_s=1.0, why="because"))
+        ledger.release(work(), 2)
+        known = ledger.known(["a.png"])["a.png"]
+        assert (known.state, known.failures, known.lost) == ("planned", 1, 0)
+        (image,) = ledger.images()
+        assert (image.attempts, image.seconds, image.usd) == (1, 1.0, Decimal("0.01"))
+        assert ledger.claim(work(), 7, 2.0).attempt == 2
+        ledger.end(work(), 2, done())
+        ledger.release(work(), 2)  # what has ended is not given back
+        assert ledger.counts() == {"done": 1}
+        assert [image.attempts for image in ledger.images()] == [2]
+
+
 def test_images_come_in_the_manifest_s_order_a_page_at_a_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_reading, "PAGE", 3)
     with Ledger.open(url) as ledger:

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_editor import WEIGHTS, FakeEditor, FakeStream, accept, make_recipe, make_rows
+from fake_editor import WEIGHTS, FakeEditor, FakeStream, FakeWaves, accept, make_recipe, make_rows
 from PIL import Image
 
 from millicent.catalog import finish, pictures, run_outcomes, run_requests, stopping, storage
@@ -36,7 +37,7 @@ from millicent.quality.limits import Limits
 from millicent.quality.sanity import Verdict, judge
 
 Stage = Callable[..., Summary]
-EDITORS = (FakeEditor, FakeStream)
+EDITORS = (FakeEditor, FakeStream, FakeWaves)
 
 
 @pytest.fixture
@@ -300,19 +301,156 @@ def test_deadline_is_kept_and_a_clock_that_jumps_back_does_not_move_it(
 
 
 @pytest.mark.parametrize("kind", EDITORS)
-def test_stop_finishes_what_is_in_flight(kind: type[FakeEditor], tmp_path: Path, start: Stage, events: list[Event]) -> None:
+def test_stop_gives_back_what_is_not_drawn(kind: type[FakeEditor], tmp_path: Path, start: Stage, events: list[Event]) -> None:
     stop = threading.Event()
 
     def draw(request: EditRequest) -> None:
         if "red 3," in request.prompt:
             stop.set()
 
-    summary = start(kind(draw=draw), rows_of(tmp_path, 50), stop=stop)
-    begun = [event.output for event in events if event.kind == "started"]
+    summary = start(kind(draw=draw), rows_of(tmp_path, 50), stop=stop, price=Decimal(36))
     assert summary.stopped == "It was asked to stop."
-    assert 4 <= summary.done < 10
-    assert outputs(tmp_path) == set(begun)
-    assert start(kind(), rows_of(tmp_path, 50)).done == 50 - summary.done
+    assert (summary.done, summary.failed, summary.quarantined) == (4, 0, 0)
+    assert outputs(tmp_path) == {f"p{number}/v0.png" for number in range(4)}
+    begun = {event.output for event in events if event.kind == "started"}
+    assert summary.waiting == len(begun) - 4
+    assert kind is FakeEditor or len(begun) > 4
+    for name in begun - outputs(tmp_path):
+        image = images(tmp_path)[name]
+        assert (image.state, image.attempts, image.seconds, image.usd) == ("planned", 0, 0.0, None)
+    assert spent(tmp_path) == {"done": 4}
+    assert start(kind(), rows_of(tmp_path, 50), price=Decimal(36)).done == 46
+    assert spent(tmp_path) == {"done": 50}
+    assert {image.attempts for image in images(tmp_path).values()} == {1}
+
+
+def spent(tmp_path: Path) -> dict[str, int]:
+    """Attempts by what they came to, of all runs."""
+    with Ledger.open(str(tmp_path / "ledger.sqlite"), write=False) as ledger:
+        return dict(sum((Counter({each.state: each.attempts}) for each in ledger.spent()), Counter[str]()))
+
+
+def test_who_waits_for_work_that_is_given_back_is_drawn_by_the_next_run(tmp_path: Path, start: Stage) -> None:
+    stop = threading.Event()
+    rows = [replace(row, columns={"color": "red"}) for row in rows_of(tmp_path, 3, pictures=1)]
+
+    class Stopped(FakeWaves):
+        def edit_many(self, requests: Any, ahead: int = 1, cancelled: threading.Event | None = None) -> Iterator[Any]:
+            list(requests)
+            stop.set()
+            yield from ()
+
+    summary = start(Stopped(), rows, make_recipe(seed=7), stop=stop)
+    assert (summary.done, summary.linked, summary.waiting) == (0, 0, 3)
+    summary = start(FakeWaves(), rows, make_recipe(seed=7))
+    assert (summary.done, summary.linked) == (1, 2)
+
+
+def test_a_kill_in_the_midst_of_a_wave_leaves_all_of_it_to_the_next_run(tmp_path: Path, start: Stage) -> None:
+    class Killed(BaseException):
+        """As sudden as a kill, for a test."""
+
+    def draw(request: EditRequest) -> None:
+        if "red 13," in request.prompt:
+            raise Killed
+
+    rows = rows_of(tmp_path, 30)
+    with pytest.raises(Killed):
+        start(FakeWaves(draw=draw), rows)
+    # two waves were claimed; of the second three were drawn
+    attempts = spent(tmp_path)
+    assert attempts["done"] + attempts["lost"] == 20
+    assert attempts["lost"] >= 7
+    summary = start(FakeWaves(), rows)
+    assert summary.done + summary.already == 30
+    assert len(outputs(tmp_path)) == 30
+    assert {image.state for image in images(tmp_path).values()} == {"done"}
+
+
+@pytest.mark.parametrize(("expected_s", "fits"), [(None, 35), (None, 5), (10.0, 5), (1.0, 35)])
+@pytest.mark.parametrize("kind", EDITORS)
+def test_a_wave_does_not_overrun_the_budget(
+    kind: type[FakeEditor], tmp_path: Path, start: Stage, events: list[Event], expected_s: float | None, fits: int
+) -> None:
+    now = 0.0
+
+    def draw(request: EditRequest) -> None:
+        nonlocal now
+        now += 10.0
+
+    # 10 s at $3.6 an hour: a cent an image. A guess that is too low costs a wave at most, and none costs nothing
+    summary = start(
+        kind(draw=draw),
+        rows_of(tmp_path, 60),
+        price=Decimal("3.6"),
+        budget_usd=(fits + Decimal("0.5")) / 100,
+        expected_s=expected_s,
+        clock=lambda: now,
+    )
+    assert (summary.done, summary.usd) == (fits, Decimal(fits) / 100)
+    assert "would exceed the budget" in summary.stopped
+    assert [event.kind for event in events].count("stopped") == 1
+    assert spent(tmp_path) == {"done": fits}
+
+
+def test_a_first_image_that_takes_long_does_not_end_a_run_that_has_money(tmp_path: Path, start: Stage) -> None:
+    now, seconds = 0.0, itertools.chain([100.0], itertools.repeat(1.0))
+
+    def draw(request: EditRequest) -> None:
+        nonlocal now
+        now += next(seconds)
+
+    summary = start(FakeWaves(draw=draw), rows_of(tmp_path, 60), price=Decimal("3.6"), budget_usd=Decimal("0.4"), clock=lambda: now)
+    assert (summary.done, summary.stopped) == (60, "")
+
+
+def test_the_guess_of_an_image_has_a_whole_wave_in_it(tmp_path: Path, start: Stage) -> None:
+    """The first of a wave takes the reading of all of it: were only the last ones looked at, the money would be overrun."""
+    now = 0.0
+
+    class Waves(FakeWaves):
+        wave = 40
+
+        def edit_many(self, requests: Any, ahead: int = 1, cancelled: threading.Event | None = None) -> Iterator[Any]:
+            source = iter(requests)
+            while wave := list(itertools.islice(source, self.wave)):
+                advance(10.0 * len(wave))
+                for request in wave:
+                    advance(1.0)
+                    yield self._outcome(request)
+
+    def advance(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    # 11 s an image: 100 are 1100 s, $1.1
+    summary = start(
+        Waves(), rows_of(tmp_path, 150), price=Decimal("3.6"), budget_usd=Decimal("1.1"), expected_s=11.0, clock=lambda: now
+    )
+    assert summary.usd is not None
+    assert summary.usd <= Decimal("1.1")
+    assert summary.done >= 90
+
+
+def test_where_nothing_can_be_written_the_rest_of_a_wave_is_not_drawn(
+    tmp_path: Path, start: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finish, "WRITE_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(run_outcomes, "FINISH_WAITING", 0)
+    write, full = storage.write_output, threading.Event()
+
+    def no_room(root: str, name: str, data: bytes) -> None:
+        if full.is_set():
+            raise OutputError(f"{name} cannot be written: No space left on device.", "Make room there.")
+        write(root, name, data)
+
+    monkeypatch.setattr(storage, "write_output", no_room)
+    editor = FakeWaves(draw=lambda request: full.set() if "red 3," in request.prompt else None)
+    with pytest.raises(OutputError, match="No space left"):
+        start(editor, rows_of(tmp_path, 20))
+    assert editor.drawn.total() == 4
+    assert spent(tmp_path) == {"done": 3, "failed": 1}
+    assert {image.state for image in images(tmp_path).values()} == {"done", "failed", "planned"}
 
 
 def test_bad_rows_are_told_and_do_not_stop_the_run(tmp_path: Path, start: Stage, events: list[Event]) -> None:

@@ -232,6 +232,9 @@ def test_a_dry_run_for_a_named_card_opens_no_model(catalog: Path, monkeypatch: p
     assert 0.5 < float(told["seconds_per_image"]) < 30
     assert float(told["total_usd"]) > 0
     assert "RTX 4090" in told["because"]
+    assert "waves" not in told["because"]
+    told = json.loads(run(catalog, "--dry-run", "--json", "--gpu", "RTX 3090", "--model", "qwen-image-edit-2511").stdout)
+    assert ", in waves of 8" in told["because"]
 
 
 # after the run

@@ -130,6 +130,13 @@ def test_seconds_that_are_not_given_are_the_planners() -> None:
     assert any("calibrated within" in line for line in answer["assumptions"])
 
 
+def test_where_the_weights_lie_is_among_the_assumptions() -> None:
+    answer = json.loads(run("--images", "1000", "--gpu", "RTX 3090", "--price", "0.2", "--json").stdout)
+    assert any("with weights in turn in waves of" in line for line in answer["assumptions"])
+    answer = json.loads(run("--images", "1000", "--gpu", "RTX 4090", "--price", "0.2", "--json").stdout)
+    assert not any("with weights" in line for line in answer["assumptions"])
+
+
 def test_rejects_can_be_left_out() -> None:
     assert ask("--leave-rejects", "--reject", "0.1")["accepted"] == "135000.0"
 

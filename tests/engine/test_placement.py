@@ -1,24 +1,71 @@
 """Where everything lies: what fits stays, more memory never streams more, and what cannot fit is refused with its numbers."""
 
+import itertools
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from millicent.engine.blocks import make_block
+from millicent.engine.fast_encoder import quantize_encoder
+from millicent.engine.layer_stack import slab_bytes
+from millicent.engine.linears import linear_maker
 from millicent.engine.machine_plan import block_sizes
-from millicent.engine.placement import CONTEXT_BYTES, HOST_BASE_BYTES, SLACK_BYTES, Components, Placement, place, weigh
+from millicent.engine.placement import (
+    CONTEXT_BYTES,
+    HOST_BASE_BYTES,
+    RING_SLOTS,
+    SLACK_BYTES,
+    Components,
+    Placement,
+    Places,
+    count_resident,
+    lay_out_arena,
+    overlapped_bytes,
+    place,
+    spread,
+    weigh,
+)
 from millicent.engine.planner import plan
 from millicent.engine.predictions import draw_of
 from millicent.engine.settings import Settings
 from millicent.errors import MachineError
 from millicent.facts.measured import Run, read_measured
+from millicent.model.config import MMDiTConfig
+from millicent.model.layers import Block
+from millicent.model.mmdit import MMDiT
 from millicent.model.sizes import ModelSizes, Workload
+from millicent.model.text_encoder import build_network
 
 HOST = 64 << 30
 GB = 10**9
+META = torch.device("meta")
+# of the published model, as its config.json has it; what is left out is transformers' own default
+QWEN: dict[str, Any] = {
+    "model_type": "qwen2_5_vl",
+    "text_config": {
+        "model_type": "qwen2_5_vl_text",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+    },
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+}
 
 
 WORK = Workload()
@@ -100,15 +147,22 @@ def test_graphs_go_before_weights_do() -> None:
     assert "graphs are not recorded" in without.because
 
 
-def test_only_what_today_s_engine_does_is_called_carried_out() -> None:
-    assert [put(gb).is_carried_out for gb in (80, 25.76, 24, 17, 12)] == [True, True, False, False, False]
+def test_where_the_weights_are_is_told_in_a_word() -> None:
+    assert [put(gb).weights for gb in (80, 24, 17.17, 12.88, 8.2)] == [
+        "on the card",
+        "on the card",
+        "in turn",
+        "streamed",
+        "streamed",
+    ]
 
 
 def test_whole_is_what_the_first_placement_takes_and_least_the_last() -> None:
     parts = components()
-    assert place(parts, parts.whole, HOST).is_carried_out
+    assert place(parts, parts.whole, HOST).records_graphs
     assert place(parts, parts.whole, HOST).peak_bytes == parts.whole
-    assert not place(parts, parts.whole - 1, HOST).is_carried_out
+    assert not place(parts, parts.whole - 1, HOST).records_graphs
+    assert place(parts, parts.least, HOST).arena_bytes == RING_SLOTS * max(parts.encoder_sizes)
     assert place(parts, parts.least, HOST).resident_blocks == 0
     with pytest.raises(MachineError):
         place(parts, parts.least - 1, HOST)
@@ -118,10 +172,18 @@ def test_whole_is_what_the_first_placement_takes_and_least_the_last() -> None:
 
 
 def test_a_16_gb_card_takes_turns_and_streams_nothing_in_a_step() -> None:
-    placement = put(17.17)
+    placement, parts = put(17.17), components()
     assert placement.in_turn
-    assert placement.streamed_step_bytes == 0
-    assert placement.exchanged_bytes == components().transformer + components().text_encoder
+    assert placement.streamed_step_bytes == placement.streamed_text_bytes == 0
+    assert placement.pinned_bytes == parts.transformer + parts.text_encoder
+    # what overlaps, of each, in whole layers
+    overlap = parts.transformer + parts.text_encoder - placement.arena_bytes
+    assert 2 * overlap <= placement.exchanged_bytes < 2 * overlap + parts.blocks[0] + parts.encoder_sizes[-1]
+
+
+def test_a_20_gb_card_exchanges_only_what_does_not_fit() -> None:
+    assert put(20).exchanged_bytes < (components().transformer + components().text_encoder) / 2.9
+    assert put(22).exchanged_bytes < put(20).exchanged_bytes / 2
 
 
 def test_a_12_gb_card_streams_some_blocks() -> None:
@@ -131,12 +193,26 @@ def test_a_12_gb_card_streams_some_blocks() -> None:
     streamed = 60 - placement.resident_blocks
     assert placement.streamed_step_bytes == streamed * components().blocks[0]
     assert placement.streamed_text_bytes == 0
+    # the rings lie where both networks are, and keep nothing
+    assert placement.exchanged_bytes < components().transformer + components().text_encoder
 
 
 def test_an_8_gb_card_streams_the_text_encoder_too() -> None:
     placement = put(8.2)
-    assert placement.streamed_text_bytes == components().text_encoder
-    assert placement.exchanged_bytes == components().transformer - placement.streamed_step_bytes
+    assert 0 < placement.streamed_text_bytes < components().text_encoder
+    assert 0 < placement.resident_encoder_layers < len(components().encoder_sizes)
+
+
+def test_an_edit_s_reading_is_two_passes_of_the_language_model_and_one_of_the_vision_tower_for_each_picture() -> None:
+    placement, parts = put(3), components()
+    assert (placement.resident_blocks, placement.streamed_step_bytes) == (0, parts.transformer)
+    language = placement.streamed_language_bytes
+    vision = placement.streamed_text_bytes - language
+    assert language == sum(parts.encoder_sizes[-28:])
+    assert vision == pytest.approx(sum(parts.encoder_sizes[:-28]), rel=0.1)
+    assert placement.reading_bytes(Workload()) == vision + 2 * language
+    assert placement.reading_bytes(Workload(references=3, guided=True)) == 3 * vision + 3 * language
+    assert placement.edit_bytes(Workload(guided=True)) == vision + 3 * language + 2 * 4 * parts.transformer
 
 
 def test_a_card_that_is_too_small_is_refused_with_the_numbers() -> None:
@@ -169,18 +245,28 @@ settings_of = st.fixed_dictionaries(
 )
 
 
-def moved(placement: Placement) -> tuple[int, ...]:
-    return (placement.streamed_step_bytes, placement.streamed_text_bytes, placement.in_turn, -placement.resident_blocks)
+def moved(placement: Placement, work: Workload) -> tuple[int, ...]:
+    """What must not grow with the memory: what is streamed, and all that crosses the link for an edit of four steps by itself."""
+    return (
+        placement.streamed_step_bytes,
+        placement.streamed_text_bytes,
+        placement.in_turn,
+        -placement.resident_blocks,
+        -placement.resident_encoder_layers,
+        placement.exchanged_bytes + placement.edit_bytes(work),
+    )
 
 
-@given(settings_of, st.integers(4 * GB, 60 * GB), st.integers(0, 20 * GB))
-def test_more_memory_never_streams_more(of: dict[str, Any], free: int, more: int) -> None:
+@given(settings_of, st.integers(3 * GB, 60 * GB), st.one_of(st.integers(0, GB // 2), st.integers(0, 20 * GB)))
+def test_more_memory_never_moves_more(of: dict[str, Any], free: int, more: int) -> None:
     try:
         small = place(components(**of), free, 10**12)
     except MachineError:
         return
     large = place(components(**of), free + more, 10**12)
-    assert all(one >= other for one, other in zip(moved(small), moved(large), strict=True))
+    assert all(one >= other for one, other in zip(moved(small, of["work"]), moved(large, of["work"]), strict=True))
+    # where all comes in every step there is nothing to exchange
+    assert small.streams or small.exchanged_bytes >= large.exchanged_bytes
 
 
 @given(settings_of, st.integers(1 * GB, 90 * GB))
@@ -214,3 +300,71 @@ def test_what_lies_on_the_card_always_counts() -> None:
     parts = components()
     assert parts.steady > CONTEXT_BYTES + SLACK_BYTES
     assert replace(parts, caches=parts.caches + 1).steady == parts.steady + 1
+
+
+# the arena
+
+
+def test_a_layer_is_as_large_as_its_slab() -> None:
+    """As engine/laying_out.py makes them, without values."""
+    formats = plan(Settings(format="fp8", bf16_edge_blocks=1), (9, 0), "a card")
+    assert formats is not None
+    config = MMDiTConfig(num_layers=3)
+    with torch.device("meta"):
+        blocks = MMDiT(config).to(torch.bfloat16).transformer_blocks
+        encoder = build_network(QWEN).to(torch.bfloat16)
+    maker = linear_maker(formats, config.num_layers, META, torch.bfloat16)
+    made = [make_block(cast("Block", block), f"transformer_blocks.{number}", maker, META) for number, block in enumerate(blocks)]
+    assert tuple(slab_bytes(block) for block in made) == block_sizes(config, formats)
+    layers: list[Any] = []
+    quantize_encoder(encoder, META, "fp8", take=layers.append)
+    assert tuple(slab_bytes(layer) for layer in layers) == components().encoder_sizes
+
+
+def test_streamed_layers_come_evenly_and_as_late_as_they_may() -> None:
+    assert spread(10, 7) == (True, True, True, False, True, True, False, True, True, False)
+    assert spread(4, 4) == (True,) * 4
+    assert spread(3, 0) == (False,) * 3
+    assert spread(60, 59).index(False) == 59
+
+
+@given(st.integers(1, 80), st.data())
+def test_as_many_stay_as_are_asked_for_and_no_gap_is_two_longer_than_another(count: int, data: Any) -> None:
+    resident = data.draw(st.integers(0, count))
+    stays = spread(count, resident)
+    assert (len(stays), sum(stays)) == (count, resident)
+    streamed = [number for number, here in enumerate(stays) if not here]
+    gaps = [after - before for before, after in itertools.pairwise([-1, *streamed])]
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1
+
+
+def spans(layer_sizes: tuple[int, ...], places: Places, slot: int) -> list[tuple[int, int]]:
+    layers = [(begin, begin + size) for begin, size in zip(places.begins, layer_sizes, strict=True) if begin is not None]
+    return sorted([*layers, *((begin, begin + slot) for begin in places.slots)])
+
+
+@given(st.lists(st.integers(1, 9), min_size=3, max_size=12), st.lists(st.integers(1, 9), min_size=3, max_size=12), st.data())
+def test_a_network_s_layers_lie_apart_and_within_the_arena(blocks: list[int], layers: list[int], data: Any) -> None:
+    networks = tuple(blocks), tuple(layers)
+    least = RING_SLOTS * max(*blocks, *layers)
+    arena = data.draw(st.integers(least, max(least, sum(blocks) + sum(layers))))
+    resident = [count_resident(network, arena) for network in networks]
+    both = lay_out_arena(*networks, resident[0], resident[1], arena)
+    for network, places, stays in zip(networks, both, resident, strict=True):
+        streamed = [size for size, here in zip(network, spread(len(network), stays), strict=True) if not here]
+        taken = spans(network, places, max(streamed, default=0))
+        assert len(places.slots) == (RING_SLOTS if streamed else 0)
+        assert sum(begin is not None for begin in places.begins) == stays
+        assert (taken[0][0], max(end for _, end in taken)) == (places.begin, places.end)
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(taken))
+    assert both[0].begin == 0
+    assert both[1].end == arena
+
+
+def test_what_overlaps_is_counted_in_whole_layers() -> None:
+    drawing, reading = lay_out_arena((10, 10, 10), (4, 4, 4), 3, 3, 35)
+    assert (drawing.end, reading.begin) == (30, 23)
+    assert overlapped_bytes((10, 10, 10), drawing, reading) == 10
+    assert overlapped_bytes((4, 4, 4), reading, drawing) == 8
+    drawing, reading = lay_out_arena((10, 10, 10), (4, 4, 4), 3, 3, 42)
+    assert overlapped_bytes((10, 10, 10), drawing, reading) == overlapped_bytes((4, 4, 4), reading, drawing) == 0

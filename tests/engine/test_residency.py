@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,3 +159,32 @@ def test_says_the_first_error_where_nothing_less_can_be(monkeypatch: pytest.Monk
     monkeypatch.setattr(pressure, "_lower", lambda *_: None)
     with pytest.raises(MachineError, match="too small"):
         pressure.once_more_with_less(model, MachineError("It is too small.", "Use less."), lambda: None)
+
+
+def test_two_models_of_one_host_share_their_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    chosen = make_plan("fp8")
+    _, folder, card = find_model("demo")
+    models = []
+    for _ in range(2):
+        model = load_model(folder, card, CPU, torch.bfloat16)
+        models.append(speed_up_model(model, chosen, place(weigh(model, chosen), 0.3), "the-same-layers"))
+    residencies = [model.residency for model in models]
+    assert [residency is not None and residency.is_filled for residency in residencies] == [False, True]
+    assert draw(models[1]) == wanted("fp8", False)
+    assert draw(models[0]) == wanted("fp8", False)
+
+
+def test_memory_does_not_grow_over_edits_of_mixed_sizes() -> None:
+    """On a card the whole of it is in tests/gpu; here the arena, what it holds and what is copied stay the same."""
+    model = load(make_plan(), 0.3)
+    residency = model.residency
+    assert residency is not None
+    editor, sizes = Editor("demo", model), [(64, 64), (96, 64), (64, 128), (80, 80)]
+    copied = []
+    for number in range(12):
+        before = residency.copied_bytes
+        picture = Image.radial_gradient("L").convert("RGB").resize(sizes[number % 4])
+        editor.edit(EditRequest(images=(picture,), prompt=f"make it {number}", seed=number, schedule="base", steps=1))
+        copied.append(residency.copied_bytes - before)
+    assert len(set(copied[1:])) == 1

@@ -16,6 +16,7 @@ from millicent.edits import EditRequest, EditResult
 from millicent.engine import pipeline
 from millicent.engine.editor import Editor
 from millicent.engine.settings import Settings
+from millicent.engine.stream import Stages
 from millicent.errors import CheckpointError, InputError, MachineError, MillicentError, PromptTooLongError, SizeError
 
 PICTURES = [draw_picture(100, 150), draw_picture(150, 100, seed=1), draw_picture(100, 150, seed=2)]
@@ -190,3 +191,44 @@ def test_what_the_edits_add_is_the_run(editor: Editor) -> None:
 def test_less_than_one_ahead_is_refused(editor: Editor) -> None:
     with pytest.raises(InputError, match="ahead is 0"):
         editor.edit_many(REQUESTS, ahead=0)
+
+
+def test_cancelled_in_a_drawing_it_stops_before_the_next_step(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled, steps, taken, go_on = threading.Event(), list[int](), list[int](), Stages._go_on
+
+    def stop_at_step(self: Stages, *step: int) -> None:
+        go_on(self, *step)
+        steps.extend(step[:1])
+        if len(steps) == 5:  # in the first step of the third edit
+            cancelled.set()
+
+    def source() -> Iterator[EditRequest]:
+        for number in range(9):
+            taken.append(number)
+            yield make_request(number)
+
+    monkeypatch.setattr(Stages, "_go_on", stop_at_step)
+    found = list(editor.edit_many(source(), cancelled=cancelled))
+    assert [one.seed for one in found if isinstance(one, EditResult)] == [0, 1]
+    assert steps == [0, 1, 0, 1, 0]
+    assert taken == [0, 1, 2, 3]
+    monkeypatch.undo()
+    # what was cut short leaves nothing behind that the next edit would meet
+    assert same(editor.edit(make_request(2)), next(iter(editor.edit_many([make_request(2)]))))  # type: ignore[arg-type]
+
+
+def test_cancelled_between_drawings_what_is_drawn_comes_out(editor: Editor) -> None:
+    cancelled = threading.Event()
+    results = editor.edit_many(map(make_request, range(9)), cancelled=cancelled)
+    first = next(results)
+    cancelled.set()
+    # the second has been drawn by the time that the first is out
+    found = [first, *results]
+    assert [one.seed for one in found if isinstance(one, EditResult)] == [0, 1]
+
+
+def test_cancelled_before_it_begins_no_request_is_taken(editor: Editor) -> None:
+    cancelled, source = threading.Event(), map(make_request, range(3))
+    cancelled.set()
+    assert list(editor.edit_many(source, cancelled=cancelled)) == []
+    assert next(source).seed == 0

@@ -148,6 +148,8 @@ def test_a_wrong_product_is_an_error_in_the_format_that_is_wanted() -> None:
     assert judged(ended, "nvfp4", "rtx-5090")["trial: nvfp4"].level == "error"
     assert judged(ended, "fp8", "rtx-5090")["trial: nvfp4"].level == "warning"
     assert judged(ended)["trial: pinned memory"].level == "warning"
+    # whose weights come from locked memory
+    assert judged(ended, None, "rtx-3090")["trial: pinned memory"].level == "error"
 
 
 @pytest.mark.parametrize("make", [name for name in trial.PRODUCTS if name != "nvfp4"])

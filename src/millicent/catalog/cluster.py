@@ -30,6 +30,8 @@ Outcome = EditResult | MillicentError
 
 CONNECT_S = 10.0
 LINGER_S = 0.05  # how long a worker's stream of edits waits for the next request before it is drained
+WAVE_LINGER_S = 1.0  # the same where it draws in waves: an exchange of weights takes about as long
+THREADS = 64  # of a worker, for all that is in hand and for `open`; so no wave here is longer, which an exchange hardly shows in
 OPEN_S = 1800.0  # for the first worker to have its weights in memory
 REPLACE_S = 600.0  # how long a run waits where no worker is left
 MOST_DEATHS = 3  # of one worker, with no picture between them
@@ -37,12 +39,13 @@ MOST_DEATHS = 3  # of one worker, with no picture between them
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What a worker says of itself once its model is in memory. streams: whether its editor has edit_many."""
+    """What a worker says of itself once its model is in memory. streams: whether its editor has edit_many; wave: as Model's."""
 
     name: str
     weights_sha256: str
     warnings: tuple[str, ...]
     streams: bool
+    wave: int
     host: str
     pid: int
 
@@ -83,6 +86,7 @@ class Worker:
             weights_sha256=editor.weights_sha256,
             warnings=tuple(getattr(editor, "warnings", ())),
             streams=hasattr(editor, "edit_many"),
+            wave=_wave_of(editor),
             host=socket.gethostname(),
             pid=os.getpid(),
         )
@@ -94,10 +98,11 @@ class Worker:
 
     def _serve(self, editor: Any) -> None:
         """Draw what is asked for, as one stream of edits for as long as requests follow each other."""
+        linger_s = LINGER_S if _wave_of(editor) == 1 else WAVE_LINGER_S
         while True:
             first, waiting = self._asked.get(), deque[Future[EditResult | Failure]]()
             try:
-                for outcome in _edit_many(editor, self._take(first, waiting)):
+                for outcome in _edit_many(editor, self._take(first, waiting, linger_s)):
                     answer = Failure.of(outcome) if isinstance(outcome, MillicentError) else outcome
                     waiting.popleft().set_result(answer)
             except Exception as error:  # a bug: the run is told, and ends
@@ -105,7 +110,10 @@ class Worker:
                     left.set_exception(error)
 
     def _take(
-        self, first: tuple[EditRequest, Future[EditResult | Failure]], waiting: deque[Future[EditResult | Failure]]
+        self,
+        first: tuple[EditRequest, Future[EditResult | Failure]],
+        waiting: deque[Future[EditResult | Failure]],
+        linger_s: float,
     ) -> Iterator[EditRequest]:
         """Requests until none comes for a while; whoever asked stands in `waiting`, in the same order."""
         asked = first
@@ -113,7 +121,7 @@ class Worker:
             waiting.append(asked[1])
             yield asked[0]
             try:
-                asked = self._asked.get(timeout=LINGER_S)
+                asked = self._asked.get(timeout=linger_s)
             except queue.Empty:
                 return
 
@@ -128,6 +136,11 @@ def _edit_many(editor: Any, requests: Iterable[EditRequest]) -> Iterator[Outcome
         except MillicentError as error:
             outcome = error
         yield outcome
+
+
+def _wave_of(editor: Any) -> int:
+    """How many edits share an exchange of weights; 1 where none are exchanged."""
+    return int(getattr(editor, "wave", 1))
 
 
 @dataclass(eq=False, slots=True)
@@ -189,9 +202,8 @@ class Cluster:
         ray = _connect(address)
         try:
             on_gpus, cards = _count_workers(ray.cluster_resources(), actors)
-            # threads for all that is in hand, and one for `open`
             per_worker: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if on_gpus else {"num_cpus": 1}
-            actor = ray.remote(Worker).options(**per_worker, max_restarts=0, max_task_retries=0, max_concurrency=32)
+            actor = ray.remote(Worker).options(**per_worker, max_restarts=0, max_task_retries=0, max_concurrency=THREADS)
             return cls(ray, lambda: actor.remote(open_editor), cards)
         except BaseException:
             ray.shutdown()
@@ -204,17 +216,21 @@ class Cluster:
             raise outcome
         return outcome
 
-    def edit_many(self, requests: Iterable[EditRequest], ahead: int = 1) -> Iterator[Outcome]:
+    def edit_many(
+        self, requests: Iterable[EditRequest], ahead: int = 1, cancelled: threading.Event | None = None
+    ) -> Iterator[Outcome]:
         """Draw requests on all workers at once, and hand their results out in order; as Editor.edit_many.
 
         A request is taken whenever a worker has room. Those in the hands of a worker that dies come to a MachineError each.
+        cancelled: once set, which is looked at with each answer of a worker, no request is taken. What is in hand is finished, but
+        where workers draw in waves: there only what has come in order is handed out, and they draw on until `close`.
         Raises InputError for ahead below 1; MachineError where no worker is left or where one has loaded other weights.
         """
         if ahead < 1:
             raise InputError(f"ahead is {ahead}.", "Use 1 or more, or edit().")
-        return self._run(iter(requests), ahead)
+        return self._run(iter(requests), ahead, cancelled or threading.Event())
 
-    def _run(self, requests: Iterator[EditRequest], ahead: int) -> Iterator[Outcome]:
+    def _run(self, requests: Iterator[EditRequest], ahead: int, cancelled: threading.Event) -> Iterator[Outcome]:
         row: deque[Place] = deque()
         is_ended = False
         try:
@@ -222,8 +238,13 @@ class Cluster:
                 if row and row[0].outcome is not None:
                     yield row.popleft().outcome  # type: ignore[misc]  # just checked
                     continue
+                if cancelled.is_set():
+                    if self._wave > 1:
+                        return
+                    is_ended = True
                 # a slow picture at the head of the row must not let finished ones behind it fill the memory
-                hand = self._find_free(ahead) if len(row) < 2 * self.cards * _room(ahead, streams=True) else None
+                most = 2 * self.cards * _room(ahead, streams=True, wave=self._wave)
+                hand = self._find_free(ahead) if len(row) < most else None
                 if hand is not None and not is_ended:
                     request = next(requests, None)
                     if request is None:
@@ -242,9 +263,14 @@ class Cluster:
         """The open worker with the least in hand, where that leaves room."""
         ready = [hand for hand in self._hands if hand.opened is not None]
         least = min(ready, key=lambda hand: len(hand.in_hand), default=None)
-        if least is None or least.opened is None or len(least.in_hand) >= _room(ahead, least.opened.streams):
+        if least is None or least.opened is None or len(least.in_hand) >= _room(ahead, least.opened.streams, least.opened.wave):
             return None
         return least
+
+    @property
+    def _wave(self) -> int:
+        """The longest of the workers' waves."""
+        return max((hand.opened.wave for hand in self._hands if hand.opened is not None), default=self._first.wave)
 
     def _give(self, hand: Hand, request: EditRequest) -> Place:
         place = Place()
@@ -335,9 +361,14 @@ class Cluster:
         self.close()
 
 
-def _room(ahead: int, streams: bool) -> int:
-    """Requests in a worker's hands: as many as its stream of edits holds (engine/stream.py), one on its way, and `ahead`."""
-    return 4 + ahead if streams else 1 + ahead
+def _room(ahead: int, streams: bool, wave: int) -> int:
+    """Requests in a worker's hands: as many as its stream of edits holds (engine/stream.py), one on its way, and `ahead`.
+
+    In waves that is a wave, which is the next one's by the time that all of one are drawn.
+    """
+    if not streams:
+        return 1 + ahead
+    return 4 + ahead if wave == 1 else min(wave + 1 + ahead, THREADS - 1)
 
 
 def _count_workers(resources: Mapping[str, float], actors: int | None) -> tuple[bool, int]:

@@ -187,6 +187,19 @@ class Ledger(LedgerReader):
             self._beat(ended.elapsed_s)
         return usd
 
+    def release(self, work: Work, attempt: int) -> None:
+        """Give a claim back whose image was not drawn: there was no attempt. What another run has taken over stays that run's."""
+        with self._database.transaction():
+            mine = self._database.execute(
+                "DELETE FROM attempts WHERE output = ? AND number = ? AND run_id = ? AND state = 'running' RETURNING number",
+                (work.output, attempt, self._run_id),
+            )
+            if mine:
+                self._database.execute(
+                    "UPDATE images SET state = 'planned', attempts = attempts - 1 WHERE output = ? AND run_id = ?",
+                    (work.output, self._run_id),
+                )
+
     def adopt(self, work: Work, sha256: str) -> None:
         """An output was found written, whose run died before it could say so: its lost attempt was none."""
         with self._database.transaction():

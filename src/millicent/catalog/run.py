@@ -67,14 +67,15 @@ def run_catalog(
 ) -> Summary:
     """Make what is not made yet. The same call goes on wherever an earlier one ended or was killed.
 
-    editor: where it has `edit_many(requests, ahead)`, that is used. out: a folder, or s3:// or gs://.
+    editor: where it has `edit_many(requests, ahead, cancelled)`, that is used. out: a folder, or s3:// or gs://.
     price: dollars for an hour of one card; cards: how many are rented. loading_s: rented seconds before this call.
     budget_usd: for the whole ledger, earlier runs, loading and idle time too; needs a price. deadline: with its time zone.
-    retry_failed: what was quarantined is tried again. stop: once set, no more images are begun; those in flight are finished.
+    retry_failed: what was quarantined is tried again. stop: once set, no more images are begun. It is `cancelled` of edit_many:
+    what that finishes comes out, and the claims of what it does not are given back, unbilled.
     check: whether a picture is accepted, from its inputs and their fit, itself and the recipe's limits; called in threads.
     on_event: called in this thread. expected_s: seconds of an image, for budget and deadline before the first is measured.
     backoff_base_s: the pause before the first retry; it doubles.
-    Raises OutputError where outputs cannot be written (before anything is drawn, or once what is in flight has ended), and what the
+    Raises OutputError where outputs cannot be written (before anything is drawn, or as soon as it is found), and what the
     ledger raises. A failed image raises nothing: it is in the ledger, the events and the summary.
     """
     assert budget_usd is None or price is not None, "a budget needs a price"

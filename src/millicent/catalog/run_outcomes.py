@@ -110,6 +110,19 @@ class Outcomes:
         first.alone = True
         self._fail(first, error, seconds)
 
+    def give_back(self) -> None:
+        """What is still in flight will not be drawn in this run: it was no attempt, and the next run finds it as it was.
+
+        What one of them took that was cut short is the run's idle time.
+        """
+        for candidate in self._run.in_flight:
+            assert candidate.key is not None
+            self._run.ledger.release(candidate.work, candidate.attempt)
+            self._run.release(candidate.key)
+            candidate.read = None
+            self._run.put_off(candidate, 0.0)
+        self._run.in_flight.clear()
+
     def _end(
         self,
         candidate: Candidate,

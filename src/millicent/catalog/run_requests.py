@@ -39,13 +39,16 @@ class Requests:
                     self._results.collect(keep=0)
                 raise
             self._results.collect(keep=0)
-            if self._run.stopped or (self._all_read and not self._run.later):
+            if self._run.stopped or (self._all_read and not self._run.later) or self._run.must_hold():
                 return
             if self._all_read:
                 self._run.wait_until(self._run.later[0][0])
 
     def _edit_stream(self) -> None:
-        """Edit what is ready, as one stream; it ends where nothing is ready, so that what is in flight can come out."""
+        """Edit what is ready, as one stream; it ends where nothing is ready, so that what is in flight can come out.
+
+        Asked to stop, it ends before that, and so it does where nothing can be written: what was not drawn is given back.
+        """
         self._run.restart_clock()
         outcomes = self._outcomes()
         try:
@@ -59,15 +62,18 @@ class Requests:
                         raise
                     self._results.break_off(error)
                     return
-                if outcome is None:
+                if outcome is not None:
+                    self._results.settle(self._run.in_flight.popleft(), outcome)
+                if outcome is None or self._run.error is not None:
+                    self._results.give_back()
                     return
-                self._results.settle(self._run.in_flight.popleft(), outcome)
         finally:
             outcomes.close()
 
     def _outcomes(self) -> Generator[EditResult | MillicentError, None, None]:
         if hasattr(self._editor, "edit_many"):
-            with contextlib.closing(self._editor.edit_many(self._requests(), self._ahead)) as outcomes:
+            drawing = self._editor.edit_many(self._requests(), self._ahead, self._run.limits.stop)
+            with contextlib.closing(drawing) as outcomes:
                 yield from outcomes
             return
         for request in self._requests():
@@ -92,7 +98,7 @@ class Requests:
     def _next(self) -> Candidate | None:
         """The next image to try, a retry that is due before a new one; None where the run stops, or nothing is ready."""
         self._results.collect(keep=FINISH_WAITING)
-        if self._run.stopped or self._run.must_stop():
+        if self._run.stopped or self._run.must_hold():
             return None
         if self._run.later and self._run.later[0][0] <= self._run.elapsed_s():
             again = heapq.heappop(self._run.later)[2]

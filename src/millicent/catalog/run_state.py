@@ -64,9 +64,13 @@ class RunState:
     def count_waiting(self) -> int:
         return len(self.later) + sum(len(waiting) for waiting in self.same.values())
 
-    def must_stop(self) -> bool:
+    def must_hold(self) -> bool:
+        """Whether no image is to be begun now. The run is over if it was asked to stop, or if nothing is in flight.
+
+        Else what is in flight comes out first, which says better what fits into money and time.
+        """
         why = self.limits.why_stop(len(self.in_flight))
-        if why is not None:
+        if why is not None and (not self.in_flight or self.limits.stop.is_set()):
             self.stop(why)
         return why is not None
 
@@ -77,7 +81,7 @@ class RunState:
 
     def wait_until(self, due_s: float) -> None:
         """Until a retry is due or the run is to stop; the pause is the run's, not an image's."""
-        while (left_s := due_s - self.elapsed_s()) > 0 and not self.must_stop():
+        while (left_s := due_s - self.elapsed_s()) > 0 and not self.must_hold():
             time.sleep(min(left_s, 0.2))
 
     def put_off(self, candidate: Candidate, pause_s: float) -> None:

@@ -148,8 +148,9 @@ def run(
 ) -> None:
     """Edit a whole catalog.
 
-    Killed anywhere, the same command goes on: nothing is lost, and nothing paid twice. Ctrl-C finishes the images in flight, a
-    second one stops at once. The exit code is 0 where every image is there, 1 with bad rows or quarantined images, 3 after a stop.
+    Killed anywhere, the same command goes on: nothing is lost, and nothing paid twice. Ctrl-C begins no more images and gives back
+    those that are not drawn yet, a second one stops at once. The exit code is 0 where every image is there, 1 with bad rows or
+    quarantined images, 3 after a stop.
     """
     started_s = time.monotonic()
     recipe = read_recipe(recipe_file)

@@ -102,7 +102,7 @@ def predict(model: str, gpu: str, recipe: Recipe, settings: Settings) -> Speed:
     """By the planner, the mean of the variants. Raises InputError for a card whose speed is not known; as plan_machine."""
     card, day = find_gpu(gpu), datetime.date.today()
     machine = machine_of(card, checked=day.isoformat())
-    seconds, kinds = [], set()
+    seconds, kinds, waves = [], set(), set()
     for variant in recipe.variants:
         asked = ask(plannable(model), variant.size, 1, variant.steps)
         planned = plan_machine(asked.model, machine, settings, asked.work, on=day, gpu=card, prices=prices_folder(), compares=False)
@@ -110,8 +110,10 @@ def predict(model: str, gpu: str, recipe: Recipe, settings: Settings) -> Speed:
             raise InputError(f"The speed of the {card.name} is not known.", "Leave out --gpu on that card, to time an edit.")
         seconds.append(Decimal(str(round(planned.seconds, 4))))
         kinds |= {each.kind for each in planned.stages.values()}
+        waves.add(planned.wave)
     mean = (sum(seconds, Decimal(0)) / len(seconds)).quantize(Decimal("0.0001"))
-    return Speed(mean, f"{' and '.join(sorted(kinds))} for the {card.name}, one picture a row")
+    told = f", in waves of {' and '.join(map(str, sorted(waves)))}" if max(waves) > 1 else ""
+    return Speed(mean, f"{' and '.join(sorted(kinds))} for the {card.name}, one picture a row{told}")
 
 
 def plannable(model: str) -> str:

@@ -165,8 +165,9 @@ def seconds_of(card: Gpu, given: Decimal | None, day: datetime.date) -> tuple[De
         raise typer.BadParameter(f"Give the seconds of one edit: our table lacks the {card.name}'s rates.", param_hint="--seconds")
     denoise = planned.stages["denoise"]
     known = denoise.kind if denoise.error is None else f"{denoise.kind} within {denoise.error:.0%}"
-    today = "" if planned.placement.is_carried_out else ", with weights placed as today's engine cannot yet"
-    told = f"by `millicent plan`: {asked.title} in {planned.formats.format} at 1024x1024, {known}{today}"
+    told = f"by `millicent plan`: {asked.title} in {planned.formats.format} at 1024x1024, {known}"
+    if planned.placement.in_turn:
+        told += f", with weights {planned.placement.weights}" + (f" in waves of {planned.wave}" if planned.wave > 1 else "")
     return Decimal(f"{planned.seconds:.4f}"), told
 
 

@@ -45,7 +45,9 @@ def plan_to_dict(planned: MachinePlan, asked: Asked) -> dict[str, Any]:
             {name: getattr(part, name) for name in ("name", "where", "size_bytes", "card_bytes", "host_bytes", "because")}
             for part in placement.parts
         ],
+        "arena_bytes": placement.arena_bytes,
         "resident_blocks": placement.resident_blocks,
+        "resident_encoder_layers": placement.resident_encoder_layers,
         "streamed_step_bytes": placement.streamed_step_bytes,
         "streamed_text_bytes": placement.streamed_text_bytes,
         "exchanged_bytes": placement.exchanged_bytes,
@@ -53,7 +55,7 @@ def plan_to_dict(planned: MachinePlan, asked: Asked) -> dict[str, Any]:
         "peak_bytes": placement.peak_bytes,
         "phase_peak_bytes": dict(placement.peaks),
         "free_bytes": placement.free_bytes,
-        "carried_out_today": placement.is_carried_out,
+        "records_graphs": placement.records_graphs,
         "link_gb_per_s": planned.link_gb_per_s,
         "wave_images": planned.wave,
         "stages": {
@@ -185,8 +187,6 @@ def show_ranking(ranking: Ranking, asked: Asked) -> None:
 
 def rank_row(planned: MachinePlan) -> tuple[str, ...]:
     kinds = {f"{each.kind}{'' if each.error is None else f', {each.error:.0%}'}" for each in planned.stages.values()}
-    placement = planned.placement
-    where = "streamed" if placement.streamed_step_bytes else "in turn" if placement.in_turn else "on the card"
     best = planned.alternatives[0] if planned.alternatives else None
     is_faster = best is not None and best.seconds is not None and not best.chosen and planned.seconds is not None
     return (
@@ -197,14 +197,14 @@ def rank_row(planned: MachinePlan) -> tuple[str, ...]:
         "?" if planned.images_per_hour is None else f"{planned.images_per_hour:,.0f}",
         show_range(price_range(planned.prices)) or "no price",
         ", ".join(sorted(kinds)) or "no rates",
-        where if placement.is_carried_out else f"{where}, planned",
+        planned.placement.weights,
         f"{best.format}, {best.seconds:.2f}" if best is not None and is_faster else "",
     )
 
 
 def told_of_ranking(ranking: Ranking) -> list[str]:
     stale = sorted({planned.card for planned in ranking.plans if any(each.stale for each in planned.prices)})
-    told = [NEVER_IDLE, "A placement that is planned is one that the engine of today does not carry out."]
+    told = [NEVER_IDLE]
     if stale:
         told.append(f"Prices more than {STALE_AFTER_DAYS} days old are among those of {', '.join(stale)}.")
     if unpriced := [planned.card for planned in ranking.plans if not planned.prices]:

@@ -7,6 +7,7 @@ without them.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -41,6 +42,11 @@ class Editor:
         self.warnings: tuple[str, ...] = model.warnings  # of the weights' quality
         self.plan: Plan | None = None if model.fast is None else model.fast.plan
         self._model = model
+
+    @property
+    def wave(self) -> int:
+        """How many requests edit_many takes before the first is drawn; 1 where weights do not change places."""
+        return self._model.wave
 
     @classmethod
     def open(
@@ -96,9 +102,20 @@ class Editor:
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> EditResult:
         """Draw every variant of a request.
 
+        Where the card's memory runs out it is drawn again, once, with less of the model there, and the log says so.
         Raises InputError and its kinds for what this model cannot draw; MachineError where memory or a kernel fails, after which
         the editor can be used again.
         """
+        from millicent.engine import failures, pressure
+
+        try:
+            return self._draw(request, on_progress)
+        except MillicentError as error:
+            if not failures.is_out_of_memory(error):
+                raise
+            return pressure.once_more_with_less(self._model, error, lambda: self._draw(request, on_progress))
+
+    def _draw(self, request: EditRequest, on_progress: OnProgress | None) -> EditResult:
         import torch
 
         from millicent.engine import failures, pipeline
@@ -119,20 +136,27 @@ class Editor:
                 images = pipeline.decode(latents, request, model, on_step)
         return self._make_result(course, images, watch.timings())
 
-    def edit_many(self, requests: Iterable[EditRequest], ahead: int = 1) -> Iterator[EditResult | MillicentError]:
+    def edit_many(
+        self, requests: Iterable[EditRequest], ahead: int = 1, cancelled: threading.Event | None = None
+    ) -> Iterator[EditResult | MillicentError]:
         """Draw requests one after another, in order, with the work around each picture done while another is drawn.
 
         The pictures are those of `edit`, to the bit. What `edit` would raise for a request comes in its place as a value, and the
-        others go on. A result comes once the request after it has been taken from `requests`. To stop early, close the
-        iterator; `edit` may be called between two results, from the same thread.
+        others go on. A result comes once the request after it has been taken from `requests`. Where text encoder and transformer
+        lie on the card in turn, as many requests as share an exchange are taken and encoded first, and each result comes as soon
+        as it is drawn. To stop early, close the iterator; `edit` may be called between two results, from the same thread.
         ahead: how many requests are taken and prepared in a thread before their turn to be encoded, 1 or more.
-        Raises InputError for less; what is neither of MillicentError's kinds nor of its making ends the run.
+        cancelled: once set, no request is taken, the edit that is being drawn stops before its next step, and the iterator ends
+        after what was finished: fewer results than requests taken. In turn that is the card's next step, as the host is held
+        one step ahead of it; elsewhere the host's, which has the whole edit given to the card long before the card has drawn it.
+        Raises InputError for ahead below 1; what is neither of MillicentError's kinds nor of its making ends the run.
         """
-        from millicent.engine.stream import Stream
+        from millicent.engine.stream import Stages
+        from millicent.engine.waves import draw_many
 
         if ahead < 1:
             raise InputError(f"ahead is {ahead}.", "Use 1 or more, or edit().")
-        return Stream(self._model, self._make_result).run(requests, ahead)
+        return draw_many(Stages(self._model, self._make_result, cancelled), requests, ahead)
 
     def _make_result(self, course: Course, images: Sequence[Image.Image], timings: Timings) -> EditResult:
         return EditResult(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from millicent.engine.planner import EncoderFormat
+from millicent.engine.uploading import Upload, move
 from millicent.formats.bf16 import BF16Linear
 from millicent.formats.fp8 import MULTIPLE, FP8Linear
 from millicent.formats.scaled import ScaledLinear, dequantize
@@ -42,20 +43,21 @@ def quantize_encoder(
     *,
     vision: bool = True,
     take: Callable[[nn.Module], None] = lambda layer: None,
+    upload: Upload = move,
 ) -> None:
     """Lay out, in place and on `device`, the linears of the text encoder's network, one layer at a time.
 
     wanted: "fp8" is W8A8 for every linear whose sides 16 divides, with the e4m3 codes of a file kept bit for bit; "bf16" is
     plain numbers, in the dtype of the network's norms, as is what 16 does not divide. vision: the vision tower in `wanted`
     too; else in plain numbers. take: given each layer when it is laid out, before the next one is: the vision tower's blocks, the
-    two linears of its merger, the language model's layers.
+    two linears of its merger, the language model's layers. upload: brings weights to the device.
     Embeddings, norms and the patch embedding stay as they are and where they are. Afterwards only model/qwen_vl.py knows how
     to run the network: TextEncoder.encode, which has transformers run it, raises.
     Raises MachineError, at the first reading, on a card that has no FP8.
     """
     tower: Any = network.visual
     language: Any = network.language_model
-    maker = _Maker(device, language.norm.weight.dtype, wanted if vision else "bf16")
+    maker = _Maker(device, language.norm.weight.dtype, wanted if vision else "bf16", upload)
     for block in tower.blocks:
         block.attn.qkv = maker.join(block.attn.qkv)
         block.attn.proj = maker.join(block.attn.proj)
@@ -64,7 +66,7 @@ def quantize_encoder(
     merger = tower.merger.mlp
     merger[0], merger[2] = maker.join(merger[0]), maker.join(merger[2])
     take(merger)
-    maker = _Maker(device, maker.dtype, wanted)
+    maker = _Maker(device, maker.dtype, wanted, upload)
     for layer in language.layers:
         attention = layer.self_attn
         attention.qkv_proj = maker.join(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -87,10 +89,11 @@ class _Maker:
     device: torch.device
     dtype: torch.dtype
     wanted: EncoderFormat
+    upload: Upload
 
     def join(self, *modules: nn.Module, rows: int = 0, columns: int = 0) -> nn.Module:
         """One linear of several, stacked by rows; rows, columns: of zeros, added to the weight of each."""
-        weights = [_pad(_read(module, self.device), rows, columns) for module in modules]
+        weights = [_pad(_read(module, self.device, self.upload), rows, columns) for module in modules]
         biases = [weight.bias.to(self.dtype) for weight in weights if weight.bias is not None]
         assert len(biases) in (0, len(weights))
         bias = torch.cat(biases) if biases else None
@@ -106,9 +109,9 @@ class _Maker:
         )
 
 
-def _read(module: nn.Module, device: torch.device) -> _Weight:
+def _read(module: nn.Module, device: torch.device, upload: Upload) -> _Weight:
     assert isinstance(module, (nn.Linear, ScaledLinear)), type(module)
-    values = module.weight.to(device)
+    values = upload(module.weight, device)
     bias = None if module.bias is None else module.bias.to(device)
     if isinstance(module, nn.Linear):
         return _Weight(values, None, bias)

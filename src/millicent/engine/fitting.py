@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from millicent.engine.fast_vae import CapturedVAE
+from millicent.engine.host_memory import shared_bytes
 from millicent.engine.laying_out import take_all
-from millicent.engine.machine_plan import weigh_plan
+from millicent.engine.machine_plan import wave_for, weigh_plan
 from millicent.engine.placement import CONTEXT_BYTES, Components, Placement, place
 from millicent.engine.planner import Plan
 from millicent.facts.models import ModelCard
@@ -59,14 +60,21 @@ def weigh_model(sizes: ModelSizes, work: Workload, plan: Plan, device: torch.dev
 
 
 def choose_placement(
-    sizes: ModelSizes, card: ModelCard, plan: Plan, device: torch.device, limit_bytes: int | None = None
+    sizes: ModelSizes,
+    card: ModelCard,
+    plan: Plan,
+    device: torch.device,
+    limit_bytes: int | None = None,
+    shared_as: str | None = None,
 ) -> Placement:
-    """As much on the card as fits. limit_bytes: of the card's memory, what may be used.
+    """As much on the card as fits. limit_bytes: of the card's memory, what may be used. shared_as: as speed_up_model's.
 
     Raises MachineError for a card or a host that is too small.
     """
     parts = weigh_model(sizes, usual_work(card), plan, device)
-    return place(parts, free_bytes(device, limit_bytes), read_memory().available_bytes)
+    # what another process holds of these very weights need not be there twice
+    host_bytes = read_memory().available_bytes + (0 if shared_as is None else shared_bytes(shared_as))
+    return place(parts, free_bytes(device, limit_bytes), host_bytes)
 
 
 def carry_out(model: Model, placement: Placement) -> None:
@@ -80,6 +88,24 @@ def carry_out(model: Model, placement: Placement) -> None:
     else:
         model.residency.placement = placement
     record_passes(model, placement.records_graphs)
+    set_wave(model)
+
+
+def set_wave(model: Model) -> None:
+    """How many edits share an exchange, by what the host has free now that the weights are there."""
+    if model.residency is None or model.device.type != "cuda":
+        return
+    assert model.fast is not None
+    card, placement = torch.cuda.get_device_properties(model.device), model.residency.placement
+    model.residency.wave = wave_for(
+        sizes_of(model),
+        model.fast.plan,
+        placement,
+        card.name,
+        (card.major, card.minor),
+        card.total_memory >> 20,
+        read_memory().available_bytes,
+    )
 
 
 def record_passes(model: Model, records: bool) -> None:

@@ -104,14 +104,15 @@ class Link:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.device = device
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.copied_bytes = 0
         self.delay: Callable[[int], None] | None = None
 
     def follow(self) -> None:
         """What is copied next is copied after all work that the current stream has now."""
         if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def send(self, layer: Layer, place: Tensor) -> None:
         """Copy a layer's slab to its size of memory on the card; layer.arrived tells when it is there."""
@@ -219,7 +220,7 @@ class Stack:
                 self._refill(number)
             layer.bind(self._cut[number][self._ring[0][1]])
         if layer.arrived is not None:
-            torch.cuda.current_stream().wait_event(layer.arrived)
+            torch.cuda.current_stream(self._link.device).wait_event(layer.arrived)
 
     def leave(self, number: int) -> None:
         """What the current stream is given from here on does not need the layer's weights."""

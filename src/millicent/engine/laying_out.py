@@ -65,7 +65,7 @@ def _shapes_of(mmdit: MMDiT, dtype: torch.dtype) -> MMDiT:
 def lay_out_encoder(network: Any, device: torch.device, wanted: EncoderFormat | None, residency: Residency | None = None) -> None:
     """Move a text encoder's network to a device, in place, layer by layer, all but its table of embeddings.
 
-    wanted: of its linears; None leaves them as they are. residency: takes each layer, where it has slabs.
+    wanted: of its linears; None leaves them as they are, for a CPU. residency: takes each layer, where it has slabs.
     """
     if residency is None or not residency.has_slabs:
         if wanted is not None:
@@ -75,24 +75,18 @@ def lay_out_encoder(network: Any, device: torch.device, wanted: EncoderFormat | 
     stack, made_on = residency.text_encoder, META if residency.is_filled else device
     if residency.is_filled:
         _take_shapes(network)
-    if wanted is not None:
-        quantize_encoder(network, made_on, wanted, take=lambda layer: residency.take(stack, layer))
-    else:
-        for layer in encoder_layers(network):
-            residency.take(stack, layer)
+    assert wanted is not None
+    quantize_encoder(network, made_on, wanted, take=lambda layer: residency.take(stack, layer))
     _move_around_layers(network, device)
     stream_encoder(network, stack)
 
 
-def open_slabs(
-    residency: Residency, mmdit: MMDiT, encoder: Any, plan: Plan, wanted: EncoderFormat | None, dtype: torch.dtype, key: str | None
-) -> None:
+def open_slabs(residency: Residency, mmdit: MMDiT, encoder: Any, plan: Plan, dtype: torch.dtype, key: str | None) -> None:
     """Host memory for the layers of both networks, as they will be laid out; before they are. Raises as Residency.open_slabs."""
     shapes, maker = _shapes_of(mmdit, dtype).transformer_blocks, _maker(mmdit, plan, META, dtype)
     blocks = [make_block(block, f"transformer_blocks.{number}", maker, META) for number, block in enumerate(shapes)]  # type: ignore[arg-type]
     network: Any = build_network(encoder.config.to_dict()).to(dtype)
-    if wanted is not None:
-        quantize_encoder(network, META, wanted)
+    quantize_encoder(network, META, plan.text_encoder)
     residency.open_slabs(sum(slab_bytes(layer) for layer in (*blocks, *encoder_layers(network))), key)
 
 

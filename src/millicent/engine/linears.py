@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from millicent.engine.blocks import MakeLinear, RowLinear
 from millicent.engine.planner import Plan
 from millicent.engine.settings import Format
+from millicent.engine.uploading import Upload, move
 from millicent.formats.bf16 import BF16Linear
 from millicent.formats.fp8 import FP8Linear
 from millicent.formats.int8 import INT8Linear
@@ -26,15 +27,18 @@ LINEARS: dict[Format, type[BF16Linear | FP8Linear | INT8Linear | INT8WeightLinea
 }
 
 
-def linear_maker(plan: Plan, num_layers: int, device: torch.device, dtype: torch.dtype) -> MakeLinear:
-    """Makes one linear of several of the network's, stacked by rows: on `device`, biases in `dtype`."""
+def linear_maker(plan: Plan, num_layers: int, device: torch.device, dtype: torch.dtype, upload: Upload = move) -> MakeLinear:
+    """Makes one linear of several of the network's, stacked by rows: on `device`, biases in `dtype`.
+
+    upload: what brings weights there.
+    """
 
     def make(name: str, modules: Sequence[nn.Module]) -> RowLinear:
         wanted = plan.format_of(name, num_layers)
         bias = _stack([module.bias for module in modules if isinstance(module.bias, Tensor)], device, dtype)
         if wanted == "fp8" and all(_holds(module, torch.float8_e4m3fn) for module in modules):
-            return _stack_codes(modules, bias, device)
-        weight = torch.cat([_weight(module, device) for module in modules])
+            return _stack_codes(modules, bias, device, upload)
+        weight = torch.cat([_weight(module, device, upload) for module in modules])
         return LINEARS[wanted].from_weight(weight.to(dtype) if wanted == "bf16" else weight, bias)
 
     return make
@@ -44,17 +48,17 @@ def _holds(module: nn.Module, dtype: torch.dtype) -> bool:
     return isinstance(module, ScaledLinear) and module.weight.dtype == dtype
 
 
-def _stack_codes(modules: Sequence[nn.Module], bias: Tensor | None, device: torch.device) -> FP8Linear:
+def _stack_codes(modules: Sequence[nn.Module], bias: Tensor | None, device: torch.device, upload: Upload) -> FP8Linear:
     linears = [module for module in modules if isinstance(module, ScaledLinear)]
-    codes = torch.cat([linear.weight.to(device) for linear in linears])
+    codes = torch.cat([upload(linear.weight, device) for linear in linears])
     scales = torch.cat([linear.weight_scale.to(device).expand(linear.out_features, 1) for linear in linears])
     return FP8Linear(codes, scales, bias)
 
 
-def _weight(module: nn.Module, device: torch.device) -> Tensor:
+def _weight(module: nn.Module, device: torch.device, upload: Upload) -> Tensor:
     """(N, K) on the device; FP32 where it was held as codes."""
     assert isinstance(module, (nn.Linear, ScaledLinear))
-    weight = module.weight.to(device)
+    weight = upload(module.weight, device)
     return dequantize(weight, module.weight_scale.to(device)) if isinstance(module, ScaledLinear) else weight
 
 

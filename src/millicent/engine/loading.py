@@ -21,7 +21,7 @@ from millicent.checkpoint.recognize import Network
 from millicent.engine import planner
 from millicent.engine.caches import ByteBudgetCache
 from millicent.engine.fast_vae import CapturedVAE, speed_up
-from millicent.engine.fitting import choose_placement, limit_memory, sizes_of
+from millicent.engine.fitting import choose_placement, limit_memory, set_wave, sizes_of
 from millicent.engine.laying_out import FastDrawing, lay_out, lay_out_encoder, open_slabs
 from millicent.engine.modulation import attach_stored
 from millicent.engine.parts import NETWORKS, FoundPart, check_memory, find_part, fused_steps, tell_expanded, with_distillation
@@ -54,7 +54,7 @@ class Model:
 
     latents: (1, 16, h, w) of the pictures that the VAE saw last, by caches.image_key of what it saw.
     schedule: how the folder's scheduler shifts the base schedule. warnings: what to know of the weights.
-    residency: what moves weights to and from the card; None where all stay there. wave: how many edits share one exchange.
+    residency: where weights lie, and what moves them; None on a CPU.
     """
 
     card: ModelCard
@@ -70,7 +70,11 @@ class Model:
     reader: Reader | None = None
     latents: ByteBudgetCache[str, Tensor] | None = None
     residency: Residency | None = None
-    wave: int = 1
+
+    @property
+    def wave(self) -> int:
+        """How many edits share one exchange of text encoder and transformer; 1 where there is none."""
+        return self.residency.wave if self.residency is not None and self.residency.in_turn else 1
 
     @property
     def pixels_per_token(self) -> int:
@@ -119,12 +123,12 @@ def load_model(
     own = [] if card.lora is None or fused else [_find_lora(path, card.lora)]
     card = with_distillation(card, fused, own, loras)
     keep_codes = not own and not loras
+    placement = shared_as = None
     if plan is None or device.type != "cuda":
         check_memory([parts[network] for network in NETWORKS], keep_codes, dtype, device, plan)
-        placement = None
-    else:
-        # before anything is read
-        placement = choose_placement(read_sizes(path), card, plan, device, limit_bytes)
+    else:  # before anything is read
+        shared_as = _name_layers(parts, [*((lora, 1.0) for lora in own), *loras], plan, dtype)
+        placement = choose_placement(read_sizes(path), card, plan, device, limit_bytes, shared_as)
     mmdit = _load_mmdit(path / "transformer", transformer, dtype, keep_codes)
     if own or loras:
         fuse_loras(mmdit, [*((lora, 1.0) for lora in own), *loras])
@@ -148,13 +152,10 @@ def load_model(
             for warning in (*part.warnings, *tell_expanded(part, keep_codes or network == "text_encoder", dtype))
         ),
     )
-    if plan is None:
-        return model
-    shared_as = None if placement is None else _name_layers(model, parts, [*((lora, 1.0) for lora in own), *loras], plan)
-    return speed_up_model(model, plan, placement, shared_as, limit_bytes)
+    return model if plan is None else speed_up_model(model, plan, placement, shared_as, limit_bytes)
 
 
-def _name_layers(model: Model, parts: Mapping[Network, FoundPart], loras: Sequence[tuple[Path, float]], plan: Plan) -> str:
+def _name_layers(parts: Mapping[Network, FoundPart], loras: Sequence[tuple[Path, float]], plan: Plan, dtype: torch.dtype) -> str:
     """What the laid-out layers are called between the processes of a host: by their files, formats and versions, unread."""
     files = [path for network in ("transformer", "text_encoder") for path in parts[network].paths]
     stats = [(str(path.resolve()), *_stat(path)) for path in (*files, *(lora for lora, _ in loras))]
@@ -162,7 +163,7 @@ def _name_layers(model: Model, parts: Mapping[Network, FoundPart], loras: Sequen
         stats,
         [strength for _, strength in loras],
         dataclasses.replace(plan, because=()),
-        str(model.dtype),
+        str(dtype),
         torch.__version__,
         version("millicent"),
     )
@@ -194,12 +195,17 @@ def speed_up_model(
         placement = choose_placement(sizes_of(model), model.card, plan, model.device, limit_bytes)
     residency = None if placement is None else Residency(placement, model.device, limit_bytes)
     wanted = plan.text_encoder if placement is not None else None
-    if residency is not None and residency.in_turn:
-        open_slabs(residency, model.mmdit, network, plan, wanted, model.dtype, shared_as)
-    fast = lay_out(model.mmdit, plan, model.device, model.dtype, residency)
-    lay_out_encoder(network, model.device, wanted, residency)
-    if residency is not None and residency.has_slabs:
-        residency.settle(residency.placement)
+    try:
+        if residency is not None and residency.in_turn:
+            open_slabs(residency, model.mmdit, network, plan, model.dtype, shared_as)
+        fast = lay_out(model.mmdit, plan, model.device, model.dtype, residency)
+        lay_out_encoder(network, model.device, wanted, residency)
+        if residency is not None and residency.has_slabs:
+            residency.settle(residency.placement)
+    except BaseException:
+        if residency is not None:
+            residency.close()
+        raise
     records = placement is None or placement.records_graphs
     fast.network.record(records)
     reader = Reader(model.text_encoder, CACHE_BYTES, uses_graphs=records)
@@ -208,7 +214,9 @@ def speed_up_model(
     if on_card:
         speed_up(model.vae)
         vae = CapturedVAE(model.vae, graphs=records)
-    return dataclasses.replace(model, fast=fast, reader=reader, latents=latents, vae=vae, residency=residency)
+    opened = dataclasses.replace(model, fast=fast, reader=reader, latents=latents, vae=vae, residency=residency)
+    set_wave(opened)
+    return opened
 
 
 def _describe_card(device: torch.device) -> tuple[planner.Capability | None, str]:

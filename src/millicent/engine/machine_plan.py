@@ -18,16 +18,35 @@ from typing import get_args
 
 from millicent.engine.placement import Components, Placement, place, weigh
 from millicent.engine.planner import TENSOR_CORES, Capability, EncoderFormat, Plan, plan
-from millicent.engine.predictions import CARD_STAGES, Draw, Estimate, Layouts, estimate, has_rates, link_gb_per_s, shares_of
+from millicent.engine.predictions import (
+    CARD_STAGES,
+    Draw,
+    Estimate,
+    Layouts,
+    estimate,
+    has_rates,
+    link_gb_per_s,
+    predict,
+    shares_of,
+)
 from millicent.engine.settings import Format, Settings
 from millicent.errors import InputError, MachineError
 from millicent.facts.gpus import Gpu, identify, read_gpus
 from millicent.facts.prices import RentalPrice, is_stale, prices_of
-from millicent.hardware.machine import GIB, MIB, Card, Machine, machine_of
+from millicent.hardware.machine import MIB, Card, Machine, machine_of
 from millicent.model.config import MMDiTConfig
-from millicent.model.sizes import ModelSizes, Workload, block_bytes, block_matrices
+from millicent.model.sizes import ModelSizes, Workload, block_matrices, block_tensors, slab_bytes
 
 WAVE_SHARE = 0.01  # of a wave's time that the exchange of text encoder and transformer may take
+# a wave's results come as they finish, but a run that is killed draws again what it had claimed of one
+MOST_OF_A_WAVE = 256
+# where nothing tells the seconds of an edit: enough for a card that draws one in two seconds, over a link of PCIe 4.0
+USUAL_WAVE = 32
+# of the host's memory for each picture of a wave: 12 megapixels decoded (36 MB, and what is made of them on the way), 4 MB that are
+# prepared, 4 MB of hidden states and latents; with a margin
+WAVE_PICTURE_BYTES = 64 * 10**6
+# of the host's free memory, as much again is wanted by what is made of a wave, and half is other programs'
+WAVE_HOST_SHARE = 0.25
 _USD = Decimal("0.0000001")
 
 
@@ -115,7 +134,7 @@ def plan_machine(
         told = machine.no_cards_because or "none was found"
         raise MachineError(f"This machine has no NVIDIA card: {told}.", 'Name one to plan for: millicent plan --gpu "RTX 4090".')
     gpu = _limit_power(gpu or identify(card.name, card.capability, card.memory_mib), card)
-    asked = _Asked(model, work, card, gpu, machine.ram_available_bytes, on, prices)
+    asked = _Asked(model, work, card, gpu, _limit_memory(card, settings), machine.ram_available_bytes, on, prices)
     made = asked.lay_out(asked.choose(settings))
     others = _compare(asked, settings, made.formats) if compares else ()
     return replace(made, alternatives=others, because=(*made.because, *_tell_faster(made.formats, gpu, others)))
@@ -128,14 +147,21 @@ def _limit_power(gpu: Gpu | None, card: Card) -> Gpu | None:
     return replace(gpu, power_w=round(card.power_limit_w))
 
 
+def _limit_memory(card: Card, settings: Settings) -> int:
+    """Bytes of the card's memory that are free, and may be used."""
+    free_bytes = card.free_mib * MIB
+    return free_bytes if settings.memory_gb is None else min(free_bytes, int(settings.memory_gb * 1e9))
+
+
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """The question, but for the formats: as plan_machine's arguments. host_bytes: that the host has free."""
+    """The question, but for the formats: as plan_machine's arguments. free_bytes: of the card; host_bytes: of the host."""
 
     model: ModelSizes
     work: Workload
     card: Card
     gpu: Gpu | None
+    free_bytes: int
     host_bytes: int
     on: datetime.date
     prices: Path | None
@@ -162,11 +188,11 @@ class _Asked:
     def lay_out(self, formats: Plan) -> MachinePlan:
         """Placement, times and prices. Raises as plan_machine."""
         components = weigh_plan(self.model, self.work, formats, self.capability)
-        placement = place(components, self.card.free_mib * MIB, self.host_bytes)
-        link = link_gb_per_s(
-            self.card.pcie_max_generation or self.card.pcie_generation, self.card.pcie_max_lanes or self.card.pcie_lanes
-        )
-        stages, wave = self._time(formats, placement, link)
+        placement = place(components, self.free_bytes, self.host_bytes)
+        link = link_of(self.card)
+        edit_s = row_seconds(time_edit(self.model, self.work, self.gpu, formats, placement, link))
+        wave = wave_of(placement.exchanged_bytes, link, edit_s, self.host_bytes - placement.needed_host_bytes)
+        stages = time_edit(self.model, self.work, self.gpu, formats, placement, link, wave)
         exchange_s = placement.exchanged_bytes / (1e9 * link)
         alone = sum(each.seconds for stage, each in stages.items() if stage != "exchange") + exchange_s
         return MachinePlan(
@@ -185,31 +211,86 @@ class _Asked:
             because=(
                 *formats.because,
                 placement.because,
-                *_tell_missing(components, placement),
+                *tell_streams(placement, slowdown(self.model, self.work, self.gpu, formats, placement, link)),
+                *tell_wave(placement, link, edit_s, wave),
                 _tell_times(self, formats, stages),
             ),
         )
 
-    def _time(self, formats: Plan, placement: Placement, link: float) -> tuple[dict[str, Estimate], int]:
-        """Estimates by stage, none for a card without rates; and the pictures of a wave."""
-        attention = "int8" if formats.attention == "int8" else "exact"
-        if self.gpu is None or not has_rates(self.gpu, formats.format, formats.text_encoder, attention):
-            return {}, 1
-        draw = Draw(
-            layouts=block_layouts(self.model.transformer, formats.format, formats.bf16_down, formats.bf16_edge_blocks),
-            text_encoder=formats.text_encoder,
-            attention=attention,
-            reuses=formats.reuse_reference,
-            streamed_step_bytes=placement.streamed_step_bytes,
-            streamed_text_bytes=placement.streamed_text_bytes,
-        )
-        stages = estimate(self.model, self.work, self.gpu, draw, link)
-        seconds = row_seconds(stages)
-        if not placement.exchanged_bytes or seconds is None:
-            return stages, 1
-        wave = math.ceil(placement.exchanged_bytes / (1e9 * link) / (WAVE_SHARE * seconds))
-        shared = replace(draw, exchanged_bytes=placement.exchanged_bytes / wave)
-        return estimate(self.model, self.work, self.gpu, shared, link), wave
+
+def link_of(card: Card) -> float:
+    """GB/s between host and card, at the link's best: an idle card lowers the generation."""
+    return link_gb_per_s(card.pcie_max_generation or card.pcie_generation, card.pcie_max_lanes or card.pcie_lanes)
+
+
+def time_edit(
+    model: ModelSizes, work: Workload, gpu: Gpu | None, formats: Plan, placement: Placement, link: float, wave: int | None = None
+) -> dict[str, Estimate]:
+    """Estimates by stage, of one picture of a row; none for a card without rates.
+
+    wave: pictures that share an exchange of text encoder and transformer; None leaves it out.
+    """
+    if gpu is None or not _has_rates(gpu, formats):
+        return {}
+    exchanged_bytes = placement.exchanged_bytes / wave if wave else 0
+    return estimate(model, work, gpu, replace(_draw(model, work, formats, placement), exchanged_bytes=exchanged_bytes), link)
+
+
+def slowdown(model: ModelSizes, work: Workload, gpu: Gpu | None, formats: Plan, placement: Placement, link: float) -> float | None:
+    """How many times longer an edit takes for what is streamed in it; None for a card without rates.
+
+    By the roofline on both sides, as what was measured was measured without streaming.
+    """
+    if gpu is None or not _has_rates(gpu, formats):
+        return None
+    draw = _draw(model, work, formats, placement)
+    stays = replace(draw, streamed_step_bytes=0, streamed_text_bytes=0)
+    times = (predict(model, work, gpu, each, link) for each in (draw, stays))
+    streamed_s, stays_s = (sum(stages[stage] for stage in CARD_STAGES if stage in stages) for stages in times)
+    return streamed_s / stays_s
+
+
+def _has_rates(gpu: Gpu, formats: Plan) -> bool:
+    return has_rates(gpu, formats.format, formats.text_encoder, "int8" if formats.attention == "int8" else "exact")
+
+
+def _draw(model: ModelSizes, work: Workload, formats: Plan, placement: Placement) -> Draw:
+    return Draw(
+        layouts=block_layouts(model.transformer, formats.format, formats.bf16_down, formats.bf16_edge_blocks),
+        text_encoder=formats.text_encoder,
+        attention="int8" if formats.attention == "int8" else "exact",
+        reuses=formats.reuse_reference,
+        streamed_step_bytes=placement.streamed_step_bytes,
+        streamed_text_bytes=placement.reading_bytes(work),
+    )
+
+
+def wave_of(exchanged_bytes: int, link_gb_per_s: float, seconds: float | None, host_free_bytes: int) -> int:
+    """How many pictures share an exchange: so many that it costs no more than WAVE_SHARE of their time; 1 where there is none.
+
+    seconds: of one picture without it; None where they are not known. host_free_bytes: of the host's memory, beside the weights
+    that wait there. Never more than the host has room for, nor than MOST_OF_A_WAVE.
+    """
+    if not exchanged_bytes:
+        return 1
+    wanted = USUAL_WAVE if seconds is None else math.ceil(exchanged_bytes / (1e9 * link_gb_per_s) / (WAVE_SHARE * seconds))
+    return max(1, min(wanted, MOST_OF_A_WAVE, int(WAVE_HOST_SHARE * host_free_bytes) // WAVE_PICTURE_BYTES))
+
+
+def wave_for(
+    model: ModelSizes,
+    formats: Plan,
+    placement: Placement,
+    card_name: str,
+    capability: Capability,
+    memory_mib: int,
+    host_free_bytes: int,
+) -> int:
+    """wave_of for a card as its driver names it, of usual edits, over the link of such a card. host_free_bytes: as wave_of's."""
+    gpu, work = identify(card_name, capability, memory_mib), Workload()
+    link = link_gb_per_s(gpu.pcie_generation, gpu.pcie_lanes) if gpu else link_gb_per_s(None, None)
+    seconds = row_seconds(time_edit(model, work, gpu, formats, placement, link))
+    return wave_of(placement.exchanged_bytes, link, seconds, host_free_bytes)
 
 
 def capability_of(card: Card, gpu: Gpu | None) -> Capability | None:
@@ -232,14 +313,14 @@ def weigh_plan(model: ModelSizes, work: Workload, formats: Plan, capability: Cap
 
 
 def block_sizes(config: MMDiTConfig, formats: Plan) -> tuple[int, ...]:
-    """Bytes of each of the transformer's blocks."""
+    """Bytes of each of the transformer's blocks, as it lies in its slab."""
     return _block_sizes(config, formats.format, formats.bf16_down, formats.bf16_edge_blocks)
 
 
 @cache
 def _block_sizes(config: MMDiTConfig, number_format: Format, bf16_down: bool, bf16_edge_blocks: int) -> tuple[int, ...]:
     format_of = bare_plan(number_format, bf16_down, bf16_edge_blocks).format_of
-    return tuple(block_bytes(config, number, format_of) for number in range(config.num_layers))
+    return tuple(slab_bytes(block_tensors(config, number, format_of)) for number in range(config.num_layers))
 
 
 @cache
@@ -255,11 +336,28 @@ def bare_plan(number_format: Format, bf16_down: bool = False, bf16_edge_blocks: 
     return Plan(number_format, "bf16", "math", False, bf16_down, bf16_edge_blocks, ())
 
 
-def _tell_missing(components: Components, placement: Placement) -> tuple[str, ...]:
-    if placement.is_carried_out:
+def tell_streams(placement: Placement, slower: float | None) -> tuple[str, ...]:
+    """What streaming costs. slower: as slowdown says."""
+    if not placement.streams or slower is None:
         return ()
-    wanted = f"{components.whole / GIB:.1f} GiB free, with all weights on the card and recorded graphs"
-    return (f"this placement is a plan alone: the engine of today wants {wanted}",)
+    if slower < 1.005:
+        return ("what is streamed comes while the card computes, and takes no time of its own",)
+    return (f"what is streamed makes an edit {slower:.2f} times as long as with all weights on the card",)
+
+
+def tell_wave(placement: Placement, link: float, seconds: float | None, wave: int) -> tuple[str, ...]:
+    """How many pictures share an exchange, what it costs, and what bounds them. seconds: as wave_of's."""
+    if not placement.exchanged_bytes:
+        return ()
+    exchange_s = placement.exchanged_bytes / (1e9 * link)
+    told = f"waves of {wave} share an exchange of {exchange_s:.2f} s"
+    if seconds is None:
+        return (f"{told}; how long an edit takes is not known",)
+    share = exchange_s / (exchange_s + wave * seconds)
+    if share <= WAVE_SHARE:
+        return (f"{told}, {share:.1%} of their time",)
+    bound = "as a killed run draws again what it has claimed" if wave == MOST_OF_A_WAVE else "as the host's memory holds no more"
+    return (f"{told}, {share:.1%} of their time: no larger, {bound}",)
 
 
 def _tell_times(asked: _Asked, formats: Plan, stages: Mapping[str, Estimate]) -> str:

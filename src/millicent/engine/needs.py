@@ -6,16 +6,27 @@ the figures are of the format that was asked for, or of BF16, with all weights o
 
 from __future__ import annotations
 
-from millicent.engine.machine_plan import bare_plan, capability_of, weigh_plan
+from millicent.engine.machine_plan import (
+    bare_plan,
+    capability_of,
+    link_of,
+    row_seconds,
+    slowdown,
+    tell_streams,
+    tell_wave,
+    time_edit,
+    wave_of,
+    weigh_plan,
+)
 from millicent.engine.placement import HOST_BASE_BYTES, Components, Placement, place_on_card
 from millicent.engine.planner import Capability, Plan, plan
 from millicent.engine.settings import FORMATS, Format, Settings
-from millicent.engine.workload import ask
+from millicent.engine.workload import Asked, ask
 from millicent.errors import MachineError
-from millicent.facts.gpus import identify
+from millicent.facts.gpus import Gpu, identify
 from millicent.facts.models import Card as ModelFacts
 from millicent.facts.models import find_any_card
-from millicent.hardware.machine import MIB, Machine
+from millicent.hardware.machine import MIB, Card, Machine
 from millicent.hardware.needs import Needs
 from millicent.model.sizes import ModelSizes, Workload
 
@@ -38,6 +49,7 @@ def needs_of(model: str, asked: str | None, machine: Machine, present_bytes: int
     free_bytes = card.free_mib * MIB if card else 0
     placement = _place(parts, free_bytes) if chosen else None
     has_room = free_bytes >= parts.whole
+    slower, waves = (1.0, ()) if card is None or placement is None else _judge(of, machine, card, gpu, formats, placement)
     return Needs(
         model=model,
         format=formats.format,
@@ -47,10 +59,10 @@ def needs_of(model: str, asked: str | None, machine: Machine, present_bytes: int
         working_bytes=parts.whole - parts.weights,
         least_card_bytes=parts.least,
         host_bytes=placement.needed_host_bytes if placement else HOST_BASE_BYTES + parts.embedding,
-        block_bytes=max(parts.blocks),
         pinned_bytes=placement.pinned_bytes if placement else 0,
-        link_bytes=_link_bytes(placement, of.work) if placement else 0,
-        planned=_tell(placement) if placement and not placement.is_carried_out else None,
+        link_bytes=placement.exchanged_bytes + placement.edit_bytes(of.work) if placement else 0,
+        placed=_tell(placement, slower, waves) if placement and not has_room else None,
+        slower=slower,
         other_formats=() if has_room else _list_fitting(of.model, of.work, capability, free_bytes, formats.format),
     )
 
@@ -73,14 +85,20 @@ def _place(parts: Components, free_bytes: int) -> Placement | None:
         return None
 
 
-def _link_bytes(placement: Placement, work: Workload) -> int:
-    streamed = work.steps * placement.streamed_step_bytes + placement.streamed_text_bytes
-    return placement.exchanged_bytes + work.forwards * streamed
+def _judge(
+    of: Asked, machine: Machine, card: Card, gpu: Gpu | None, formats: Plan, placement: Placement
+) -> tuple[float | None, tuple[str, ...]]:
+    """How much longer an edit takes for what is streamed; and what is told of waves."""
+    link = link_of(card)
+    seconds = row_seconds(time_edit(of.model, of.work, gpu, formats, placement, link))
+    wave = wave_of(placement.exchanged_bytes, link, seconds, machine.ram_available_bytes - placement.needed_host_bytes)
+    slower = slowdown(of.model, of.work, gpu, formats, placement, link) if placement.streams else 1.0
+    return slower, tell_wave(placement, link, seconds, wave)
 
 
-def _tell(placement: Placement) -> str:
+def _tell(placement: Placement, slower: float | None, waves: tuple[str, ...]) -> str:
     streamed = [f"{part.name}: {part.because}" for part in placement.parts if part.where == "streamed"]
-    return "; ".join([placement.because, *streamed])
+    return "; ".join([placement.because, *streamed, *tell_streams(placement, slower), *waves])
 
 
 def _list_fitting(

@@ -74,8 +74,8 @@ class Shares:
 class Draw:
     """What decides a picture's time, apart from card and sizes. layouts: the blocks' formats. attention: "exact" or "int8".
 
-    streamed_step_bytes: of weights, in each forward; streamed_text_bytes: in each reading; exchanged_bytes: for each picture, its
-    share of a wave's.
+    streamed_step_bytes: of weights, in each forward; streamed_text_bytes: in the whole reading; exchanged_bytes: for each picture,
+    its share of a wave's.
     """
 
     layouts: Layouts
@@ -94,7 +94,7 @@ def predict(model: ModelSizes, work: Workload, gpu: Gpu, draw: Draw, link_gb_per
     steps = [step_seconds(model.transformer, work, gpu, shares, draw, reuses=draw.reuses and number > 0) for number in (0, 1)]
     streamed_s = draw.streamed_step_bytes / (1e9 * link_gb_per_s)
     first, later = (max(seconds, streamed_s) for seconds in steps)
-    text_s = max(_text_seconds(model, work, gpu, shares, draw.text_encoder), draw.streamed_text_bytes / (1e9 * link_gb_per_s))
+    text_s = work.forwards * _text_seconds(model, work, gpu, shares, draw.text_encoder)
     decode = sizes.vae_flop(model.vae, sizes.vae_decoder(model.vae), work.width * work.height)
     encode = work.references * sizes.vae_flop(model.vae, sizes.vae_encoder(model.vae), work.reference_px)
     convolved = 1e12 * rate_of(gpu, "bf16") * shares.convolution
@@ -102,7 +102,7 @@ def predict(model: ModelSizes, work: Workload, gpu: Gpu, draw: Draw, link_gb_per
     return {
         **({"exchange": exchange_s} if exchange_s else {}),
         "prepare": host["prepare"] * work.references,
-        "text": host["text"] + work.forwards * text_s,
+        "text": host["text"] + max(text_s, draw.streamed_text_bytes / (1e9 * link_gb_per_s)),
         "VAE encode": encode / convolved,
         "denoise": work.forwards * (first + (work.steps - 1) * later),
         "VAE decode": decode / convolved,

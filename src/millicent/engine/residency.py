@@ -17,15 +17,18 @@ from millicent.engine.host_memory import HostMemory, allocate
 from millicent.engine.layer_stack import ArrivingLayers, Layer, Link, Stack, slab_bytes
 from millicent.engine.placement import Placement, lay_out_arena
 
+
 class Residency:
     """What moves a model's weights, by its placement.
 
-    placement: as it is carried out now. limit_bytes: of the card's memory, what may be used; None for all.
+    placement: as it is carried out now. wave: how many edits share one exchange, where the networks lie on the card in turn.
+    limit_bytes: of the card's memory, what may be used; None for all.
     transformer, text_encoder: their layers, where those have slabs on the host.
     """
 
     def __init__(self, placement: Placement, device: torch.device, limit_bytes: int | None = None) -> None:
         self.placement, self.limit_bytes = placement, limit_bytes
+        self.wave = 1
         self.link = Link(device)
         self.transformer = Stack(self.link, wraps=True, bring=lambda: self._bring(self.transformer))
         self.text_encoder = Stack(self.link, wraps=False, bring=lambda: self._bring(self.text_encoder))
@@ -58,8 +61,15 @@ class Residency:
 
         Raises MachineError.
         """
+        self.close()
         self._host = allocate(size_bytes, key, self._device)
         self._host_taken = 0
+
+    def close(self) -> None:
+        """Let go of the slabs, whose layers nobody may read any more; another process may have waited for them to be filled."""
+        if self._host is not None:
+            self._host.close()
+            self._host = None
 
     def take(self, stack: Stack, module: nn.Module) -> None:
         """Give a layer's tensors the next piece of the slabs; the module reads from there until the stack is settled.

@@ -11,18 +11,21 @@ and decoded, so that the next picture is read and the last one finished beside t
 All encoding and decoding is on one stream, in order, and so is all drawing: what graphs read from and write to is never
 written to by two edits at once. Tensors that go from one stream to the other are recorded there, so that their memory is not
 given away while that stream may read it.
+
+Where memory is so short that text encoder and transformer lie on the card in turn, both are the one stream that is current, as
+what lies beside each other would add up (waves.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 from PIL import Image
@@ -33,6 +36,7 @@ from millicent.engine import failures, pipeline
 from millicent.engine.loading import Model
 from millicent.engine.output import Sent
 from millicent.engine.pipeline import Conditioning, Course, Latents, Prepared
+from millicent.engine.pressure import once_more_with_less
 from millicent.engine.watch import Mark, mark, seconds_between
 from millicent.errors import MillicentError
 
@@ -51,49 +55,81 @@ class Ready:
 
 @dataclass(slots=True)
 class Edit:
-    """One edit under way. error: why it has none of the later stages. spans: the begin and end of each stage on the card."""
+    """One edit under way.
+
+    ready: until it is encoded; course, prepare_s: from then on. was_cut: the run was cancelled in the midst of it.
+    error: why it has none of the later stages. spans: the begin and end of each stage on the card.
+    """
 
     request: EditRequest
-    ready: Future[Ready]
+    ready: Future[Ready] | None
+    course: Course | None = None
+    prepare_s: float = 0.0
     conditioning: Conditioning | None = None
     latents: Latents | None = None
     finished: Future[tuple[EditResult, float]] | None = None
     error: MillicentError | None = None
+    was_cut: bool = False
     spans: dict[str, tuple[Mark, Mark]] = field(default_factory=dict)
 
 
-class Stream:
-    """One run of many edits on a model; Editor.edit_many says what it does."""
+class _Cancelled(Exception):  # noqa: N818  (no error: the edit was told to stop)
+    """Raised before a step, and caught where the stage was begun."""
 
-    def __init__(self, model: Model, make_result: MakeResult) -> None:
+
+class Stages:
+    """The stages of many edits on one model, for one run: each gives the card its work and waits for none of it.
+
+    cancelled: once set, no request is taken, and a drawing stops before its next step.
+    Where weights lie on the card in turn, little of its memory is left: what an edit is told waits for its drawing on the host. If
+    `cancelled` is given too, the host is at most one step ahead of the card there, so that a step's end is one on the card.
+    """
+
+    def __init__(self, model: Model, make_result: MakeResult, cancelled: threading.Event | None = None) -> None:
         self._model = model
         self._make_result = make_result
+        self._cancelled = cancelled
+        self._ended = 0.0  # when the last edit did that came to pictures
         self._drawing: torch.cuda.Stream | None = None
         self._edges: torch.cuda.Stream | None = None
+        self._before: torch.cuda.Event | None = None
 
-    def run(self, requests: Iterable[EditRequest], ahead: int) -> Iterator[Outcome]:
-        """In order; ahead: how many requests are being prepared beside the one that is encoded next."""
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """The streams and threads, for as long as edits are under way."""
         self._open_streams()
-        preparing, finishing = (ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("prepare", "finish"))
-        edits = _read_ahead((Edit(request, preparing.submit(self._prepare, request)) for request in requests), ahead)
-        ended = time.perf_counter()
-        last: Edit | None = None
+        self._ended = time.perf_counter()
+        self._preparing, self._finishing = (ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("prepare", "finish"))
         try:
-            drawn = self._encode_next(edits)
-            while drawn is not None:
-                self._attempt(drawn, "denoise", self._draw)
-                following = self._encode_next(edits)
-                self._attempt(drawn, "decode", lambda edit: self._decode(edit, finishing))
-                if last is not None:
-                    outcome, ended = _wait_for(last, ended)
-                    yield outcome
-                last, drawn = drawn, following
-            if last is not None:
-                yield _wait_for(last, ended)[0]
+            yield
         finally:
-            preparing.shutdown(cancel_futures=True)
-            finishing.shutdown()
-            self._join_streams()
+            self._preparing.shutdown(cancel_futures=True)
+            self._finishing.shutdown()
+            self.join_streams()
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether text encoder and transformer lie on the card in turn, from the start or since memory was found to be short."""
+        return self._model.residency is not None and self._model.residency.in_turn
+
+    @property
+    def wave(self) -> int:
+        """How many edits share one exchange of them."""
+        return self._model.wave
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled is not None and self._cancelled.is_set()
+
+    def begin(self, requests: Iterable[EditRequest], ahead: int) -> Iterator[Edit]:
+        """An edit for each request, once the `ahead` that follow it are being prepared; no more of them once cancelled."""
+        source, begun = iter(requests), deque[Edit]()
+        while not self.is_cancelled:
+            while len(begun) <= ahead and not self.is_cancelled and (request := next(source, None)) is not None:
+                begun.append(Edit(request, self._preparing.submit(self._prepare, request)))
+            if not begun:
+                return
+            yield begun.popleft()
 
     def _prepare(self, request: EditRequest) -> Ready:
         begin = time.perf_counter()
@@ -101,59 +137,92 @@ class Stream:
         course = pipeline.settle(request, self._model, prepared.height, prepared.width)
         return Ready(prepared, course, time.perf_counter() - begin)
 
-    def _encode_next(self, edits: Iterator[Edit]) -> Edit | None:
-        edit = next(edits, None)
-        if edit is not None:
-            self._attempt(edit, "encode", self._encode)
-        return edit
+    def attempt(self, edit: Edit, work: Callable[[Edit], None]) -> None:
+        """A stage of an edit, unless one before has failed.
 
-    def _encode(self, edit: Edit) -> None:
+        What does not fit beside other edits is tried once more alone, and then with less of the model on the card.
+        """
+        if edit.error is not None or edit.was_cut:
+            return
+
+        def work_guarded() -> None:
+            with failures.guarded(self._model):
+                work(edit)
+
+        try:
+            try:
+                work_guarded()
+            except MillicentError as error:
+                if not failures.is_out_of_memory(error):
+                    raise
+                # recovery has waited for all other work on the card
+                self._work_alone(work_guarded)
+        except MillicentError as error:
+            edit.error = error
+        except _Cancelled:
+            edit.was_cut = True
+
+    def _work_alone(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except MillicentError as error:
+            if not failures.is_out_of_memory(error):
+                raise
+            once_more_with_less(self._model, error, work)
+
+    def encode(self, edit: Edit) -> None:
+        self._go_on()
+        assert edit.ready is not None
         ready = edit.ready.result()
         # a table of modulation is read by drawings, so it is made where they are
         with torch.inference_mode(), torch.cuda.stream(self._drawing):
             pipeline.check_sigmas(ready.course, self._model)
         with self._on(self._edges, edit, "encode"):
-            edit.conditioning = pipeline.encode(ready.prepared, self._model, edit.request.prompt, ready.course.negative_prompt)
+            told = pipeline.encode(ready.prepared, self._model, edit.request.prompt, ready.course.negative_prompt)
+            edit.conditioning = _move(told, _to_host) if self.in_turn else told
+        # the pictures in the encoders' sizes are let go
+        edit.ready, edit.course, edit.prepare_s = None, ready.course, ready.seconds
 
-    def _draw(self, edit: Edit) -> None:
-        told, course = edit.conditioning, edit.ready.result().course
+    def draw(self, edit: Edit) -> None:
+        self._go_on()
+        told, course = edit.conditioning, edit.course
         assert told is not None
+        assert course is not None
+        on_step = None if self._cancelled is None else self._go_on
         with self._on(self._drawing, edit, "denoise", after="encode"):
+            told = _move(told, lambda tensor: tensor.to(self._model.device, non_blocking=True))
             self._take(told.positive, told.references, *([] if told.negative is None else [told.negative]))
-            edit.latents = pipeline.draw(told, self._model, course.sigmas, course.seeds, course.true_cfg)
+            edit.latents = pipeline.draw(told, self._model, course.sigmas, course.seeds, course.true_cfg, on_step)
         edit.conditioning = None
 
-    def _decode(self, edit: Edit, finishing: ThreadPoolExecutor) -> None:
+    def decode(self, edit: Edit) -> None:
+        """To the finishing thread."""
         assert edit.latents is not None
         with self._on(self._edges, edit, "decode", after="denoise"):
             self._take(edit.latents.tensor)
             sent = [pipeline.send(row, self._model) for row in edit.latents.tensor.split(1)]
         edit.latents = None
-        edit.finished = finishing.submit(self._finish, edit, sent)
+        edit.finished = self._finishing.submit(self._finish, edit, sent)
 
     def _finish(self, edit: Edit, sent: Sequence[Sent]) -> tuple[EditResult, float]:
+        assert edit.course is not None
         images = [pipeline.receive(one, edit.request) for one in sent]
-        ready = edit.ready.result()
         seconds = {stage: seconds_between(*span) for stage, span in edit.spans.items()}
-        timings = Timings(ready.seconds, seconds["encode"], seconds["denoise"], seconds["decode"])
-        return self._make_result(ready.course, images, timings), time.perf_counter()
+        timings = Timings(edit.prepare_s, seconds["encode"], seconds["denoise"], seconds["decode"])
+        return self._make_result(edit.course, images, timings), time.perf_counter()
 
-    def _attempt(self, edit: Edit, stage: str, work: Callable[[Edit], None]) -> None:
-        """A stage of an edit, unless one before has failed. What does not fit beside other edits is tried once more alone."""
-        if edit.error is not None:
+    def _go_on(self, *_step: int) -> None:
+        """Called before each step. Raises _Cancelled."""
+        if self._cancelled is None:
             return
-        try:
-            try:
-                with failures.guarded(self._model):
-                    work(edit)
-            except MillicentError as error:
-                if not failures.is_out_of_memory(error):
-                    raise
-                # recovery has waited for all other work on the card
-                with failures.guarded(self._model):
-                    work(edit)
-        except MillicentError as error:
-            edit.error = error
+        if self.in_turn and self._model.device.type == "cuda":
+            event = torch.cuda.Event(blocking=True)
+            event.record(torch.cuda.current_stream(self._model.device))
+            before, self._before = self._before, event
+            if before is not None:  # the begin of the last step, and so the end of the one before it
+                before.synchronize()
+        if self._cancelled.is_set():
+            raise _Cancelled
 
     @contextmanager
     def _on(self, stream: torch.cuda.Stream | None, edit: Edit, stage: str, after: str | None = None) -> Iterator[None]:
@@ -181,26 +250,64 @@ class Stream:
             self._edges = torch.cuda.Stream(device, priority=-1)
             self._edges.wait_stream(self._drawing)
 
-    def _join_streams(self) -> None:
+    def join_streams(self) -> None:
+        """From here on there is one stream, the current one."""
         if self._drawing is not None and self._edges is not None:
             self._drawing.wait_stream(self._edges)
+            self._edges = self._drawing
+
+    def collect(self, edit: Edit) -> Outcome:
+        """Wait for what an edit came to; in order."""
+        if edit.error is not None:
+            return edit.error
+        assert edit.finished is not None
+        try:
+            result, now = edit.finished.result()
+        except MillicentError as error:
+            return error
+        before, self._ended = self._ended, now
+        return dataclasses.replace(result, elapsed_s=now - before)
 
 
-def _read_ahead(edits: Iterator[Edit], ahead: int) -> Iterator[Edit]:
-    """The same, each after the `ahead` that follow it have been begun."""
-    begun: deque[Edit] = deque(islice(edits, ahead))
-    while begun:
-        begun.extend(islice(edits, 1))
-        yield begun.popleft()
+def draw_stream(stages: Stages, edits: Iterator[Edit]) -> Generator[Outcome, None, Edit | None]:
+    """In order. Returns an edit that is encoded and not drawn, where weights are on the card in turn from now on."""
+    last: Edit | None = None
+    drawn = _encode_next(stages, edits)
+    while drawn is not None and not stages.in_turn:
+        stages.attempt(drawn, stages.draw)
+        if drawn.was_cut:
+            drawn = None
+            break
+        following = None if stages.in_turn else _encode_next(stages, edits)
+        stages.attempt(drawn, stages.decode)
+        if last is not None:
+            yield stages.collect(last)
+        last, drawn = drawn, following
+    if last is not None:
+        yield stages.collect(last)
+    return drawn
 
 
-def _wait_for(edit: Edit, ended: float) -> tuple[Outcome, float]:
-    """What an edit came to, and when that ended. ended: when the last one before it did that came to pictures."""
-    if edit.error is not None:
-        return edit.error, ended
-    assert edit.finished is not None
-    try:
-        result, now = edit.finished.result()
-    except MillicentError as error:
-        return error, ended
-    return dataclasses.replace(result, elapsed_s=now - ended), now
+def _encode_next(stages: Stages, edits: Iterator[Edit]) -> Edit | None:
+    edit = next(edits, None)
+    if edit is not None:
+        stages.attempt(edit, stages.encode)
+    return edit
+
+
+def _move(told: Conditioning, move: Callable[[Tensor], Tensor]) -> Conditioning:
+    """The same with its tensors elsewhere."""
+    return dataclasses.replace(
+        told,
+        positive=move(told.positive),
+        negative=None if told.negative is None else move(told.negative),
+        references=move(told.references),
+    )
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """On its way to the host, for whom works on the current stream; the host itself has not waited for it."""
+    if tensor.device.type != "cuda":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

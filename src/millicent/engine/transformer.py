@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 from weakref import WeakValueDictionary
@@ -157,9 +157,16 @@ class FastMMDiT:
             kept = self._kept_codes[references, slot] = self.int8_attention.make_kept(*shape, self.device)
         return kept
 
-    def at(self, number: int) -> AbstractContextManager[None]:
-        """A block's weights are on the card for what is done within."""
-        return nullcontext() if self.stack is None else self.stack.at(number)
+    @contextmanager
+    def at(self, number: int, side: torch.cuda.Stream | None) -> Iterator[None]:
+        """A block's weights are on the card for what the current stream and the side are given within."""
+        if self.stack is None or self.stack.stays:
+            yield
+            return
+        with self.stack.at(number):
+            yield
+            if side is not None:
+                torch.cuda.current_stream(self.device).wait_stream(side)
 
     def record(self, records: bool) -> None:
         """Whether steps are recorded as graphs from now on."""
@@ -224,19 +231,23 @@ class Drawing:
             graph.replay()
             velocity = drawn.clone()
         else:
-            velocity = self._forward(reuses, side=None)
+            # a pass that will be recorded has its memory from one stream's pool until then
+            velocity = self._forward(reuses, None if self.network.uses_graphs else self._side)
         self.holds_kept = self.kept is not None or self.kept_codes is not None
         return velocity[None]
 
     def _capture(self, reuses: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        side = self.network.side if self.network.overlaps_text else None
         self._forward(reuses, None)  # what is compiled, tuned or allocated at first use cannot be while a graph is captured
         torch.cuda.synchronize(self.network.device)
         # other threads may go on using the card meanwhile
         with torch.cuda.graph(graph, pool=self.network.graph_pool, capture_error_mode="thread_local"):
-            drawn = self._forward(reuses, side)
+            drawn = self._forward(reuses, self._side)
         return graph, drawn
+
+    @property
+    def _side(self) -> torch.cuda.Stream | None:
+        return self.network.side if self.network.overlaps_text else None
 
     def _forward(self, reuses: bool, side: torch.cuda.Stream | None) -> Tensor:
         """(target, 64) of what the buffers hold. side: runs the text's small products beside the pictures' large ones.
@@ -251,7 +262,7 @@ class Drawing:
         attended = txt.x
         with _joined(side):
             for number, block in enumerate(network.blocks[:-1]):
-                with network.at(number):
+                with network.at(number, side):
                     joint = self._project(number, img, txt, kept, side)
                     # until here the side may have read the last block's: memory that is let go goes to the next who asks
                     attended = self._attend(number, joint, slice(kept, kept + len(img.x) + len(txt.x)), reuses)
@@ -260,7 +271,7 @@ class Drawing:
                         self._finish_block(number, block.txt, txt, attended[len(img.x) :])
                     self._finish_block(number, block.img, img, attended[: len(img.x)])
             last = len(network.blocks) - 1
-            with network.at(last):
+            with network.at(last, side):
                 joint = self._project(last, img, txt, kept, side)
                 return self._draw(joint, img.x[len(img.x) - self.target :], reuses)
 

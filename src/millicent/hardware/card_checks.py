@@ -16,6 +16,8 @@ STRAY_MIB = 512
 # of the power that a card was made for: a lower limit lowers the clocks under tensor-core load
 FULL_POWER = 0.95
 SLOW_LINK = 0.5
+# times as long as with all weights on the card, from which on streaming is worth a word
+SLOW_STREAMING = 1.1
 
 
 def check_card(machine: Machine, needs: Needs) -> Finding:
@@ -77,7 +79,7 @@ def check_format(machine: Machine, needs: Needs) -> Finding | None:
 
 
 def check_memory(machine: Machine, needs: Needs) -> Finding | None:
-    """Free memory of the card against what the engine of today keeps there; where it is too little, what the plan would do."""
+    """Free memory of the card against what all weights take there; where it is too little, where they lie, and what that costs."""
     card = machine.card
     if card is None:
         return None
@@ -87,9 +89,11 @@ def check_memory(machine: Machine, needs: Needs) -> Finding | None:
     wanted = f"{show_gib(needs.card_bytes)} to keep {needs.model} in {needs.format} on the card: {parts}"
     if free >= needs.card_bytes:
         return ok("memory", found, wanted)
-    if needs.planned is not None:
-        found += f", too little for the engine of today. The plan, which it does not carry out yet: {needs.planned}"
-    elif free < needs.least_card_bytes:
+    if needs.placed is not None:
+        found += f": {needs.placed}"
+        is_fast = needs.slower is not None and needs.slower < SLOW_STREAMING
+        return ok("memory", found, wanted) if is_fast else warning("memory", found, wanted, _room_command(card, needs))
+    if free < needs.least_card_bytes:
         found += f", too little even with all weights streamed, which takes {show_gib(needs.least_card_bytes)}"
     return error("memory", found, wanted, _room_command(card, needs))
 

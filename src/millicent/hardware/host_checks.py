@@ -48,12 +48,8 @@ def check_pinned(machine: Machine, needs: Needs) -> Finding | None:
     """Memory that is locked, where weights cross the link; the trial tries it."""
     if machine.card is None or not needs.pinned_bytes:
         return None
-    pinned, limit = needs.rounded_pinned_bytes, machine.pinned_limit_bytes
-    rounded = f"{show_gib(pinned)} where torch locks them, as it rounds each block up to a power of two"
-    wanted = f"{show_gib(needs.pinned_bytes)} locked, {rounded}"
-    if machine.ram_available_bytes < needs.host_bytes - needs.pinned_bytes + pinned:
-        found = f"{show_gib(machine.ram_available_bytes)} free"
-        return warning("pinned memory", f"{found}: the rest would be copied slowly", wanted, _ram_command(machine))
+    pinned, limit = needs.pinned_bytes, machine.pinned_limit_bytes
+    wanted = f"{show_gib(pinned)} locked, for what crosses the link"
     if limit is not None and limit < pinned:
         found = f"a limit of {limit // 1024} KiB (ulimit -l), which NVIDIA's driver passes on Linux, and not everywhere"
         return warning("pinned memory", found, wanted, "Start the container with --ulimit memlock=-1")

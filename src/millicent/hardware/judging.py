@@ -155,8 +155,8 @@ def _judge_bf16(name: str, told: str, rate: float, machine: Machine) -> Finding:
 def _matters(step: str, needs: Needs) -> bool:
     """Whether an edit in this format stands on the step; other formats' products are told, and are no reason to stop."""
     if step == "pinned memory":
-        # weights that are streamed go through locked memory; all else is only loaded a little slower
-        return False
+        # weights that cross the link for an edit lie in locked memory; all else is only loaded a little slower
+        return needs.pinned_bytes > 0
     formats = {ENGINE_FORMATS[each]: each for each in ("bf16", "fp8", "int8", "nvfp4")}
     return step not in (*formats, "fp8-tensorwise") or step in (ENGINE_FORMATS[needs.format], "bf16")
 

@@ -14,14 +14,14 @@ DISK_MARGIN = 1.1
 class Needs:
     """model: a card's name. repo: where it is published. format: of the transformer's blocks. In bytes:
 
-    download_bytes: what is still to be fetched. weights_bytes, working_bytes: on the card, where all weights stay there, as the
-    engine of today has it; beside the weights is what an edit works in, its graphs and caches, and CUDA's own.
-    least_card_bytes: on the card, where all weights are streamed. host_bytes: of the host's memory, under the plan; pinned_bytes:
-    of these locked, for what crosses the link; block_bytes: one block of the transformer, which is what is locked at a time.
+    download_bytes: what is still to be fetched. weights_bytes, working_bytes: on the card, where all weights stay there; beside the
+    weights is what an edit works in, its graphs and caches, and CUDA's own. least_card_bytes: on the card, where all weights are
+    streamed. host_bytes: of the host's memory, under the plan; pinned_bytes: of these locked, for what crosses the link.
     link_bytes: over the link for one picture by itself.
 
-    planned: in words, what the plan does on a card with less room than card_bytes; the engine of today does not. None where there
-    is room, and where there is no plan. other_formats: those that the engine of today draws in on a card with less room.
+    placed: in words, where the weights lie on a card with less room than card_bytes, and what it costs. None where there is room,
+    and where there is no plan. slower: how many times longer an edit takes there for what is streamed; 1 for nothing, None where it
+    is not known. other_formats: those in which all weights stay on a card with less room.
     """
 
     model: str
@@ -31,23 +31,17 @@ class Needs:
     working_bytes: int
     least_card_bytes: int
     host_bytes: int
-    block_bytes: int
     pinned_bytes: int = 0
     link_bytes: int = 0
     repo: str | None = None
-    planned: str | None = None
+    placed: str | None = None
+    slower: float | None = 1.0
     other_formats: tuple[Format, ...] = ()
 
     @property
     def card_bytes(self) -> int:
-        """Free memory of a card on which today's engine draws."""
+        """Free memory of a card on which all weights stay, and passes are recorded as graphs."""
         return self.weights_bytes + self.working_bytes
-
-    @property
-    def rounded_pinned_bytes(self) -> int:
-        """Host memory that is locked where torch's own allocator does it, which rounds each block up to a power of two."""
-        blocks = -(-self.pinned_bytes // self.block_bytes)
-        return blocks * (1 << (self.block_bytes - 1).bit_length())
 
     @property
     def disk_bytes(self) -> int:

@@ -1,0 +1,241 @@
+"""The same edits on one card with less and less memory: seconds, bytes over the link, peak against plan, and the same pictures.
+
+    python -m benchmarks.memory --folder FOLDER
+
+FOLDER is what benchmarks.cold_start writes: the 20B model's shapes with random weights, converted to FP8. Each cap has a process of
+its own, whose memory PyTorch limits, and whose copies to the card are held up until they are as slow as those of an RTX 4090 that
+were measured (21.7 GB/s). "alone" is one edit after another of pictures not seen before; "in waves" is edit_many. Exits with 1 where
+a picture differs from the one without a cap, in any bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import ROOT, describe_machine
+from benchmarks.true_size import SIZES, Size
+from millicent.edits import EditRequest, EditResult
+from millicent.engine.editor import Editor
+from millicent.engine.placement import CONTEXT_BYTES
+from millicent.engine.settings import Settings
+
+RESULTS = ROOT / "benchmarks" / "results" / "memory.jsonl"
+GIB = 1 << 30
+# of a card's memory, what a program finds free: 22.5 GiB of an RTX 4090's 24
+USABLE = 22.5 / 24
+LINK_GB_PER_S = 21.7  # of an RTX 4090, LightX2V's measurement: shared/reference/performance.md, 1.4
+SLOWER_AT_MOST = {24: 1.03, 16: 1.10, 12: 1.35}
+PROMPT = "put the shirt on a sand backdrop, with soft light from the left"
+
+
+def make_requests(count: int, side_px: int) -> Iterator[EditRequest]:
+    """Each of another picture, and so read, encoded and drawn anew."""
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        small = (torch.rand(8, 8, 3, generator=generator) * 255).to(torch.uint8).numpy()
+        picture = Image.fromarray(small).resize((side_px, side_px), Image.Resampling.BICUBIC)
+        yield EditRequest(images=(picture,), prompt=PROMPT, seed=number)
+
+
+def slow_down(device: torch.device, gb_per_s: float) -> Any:
+    """What holds a copy stream up after a copy of so many bytes, until it was no faster than that."""
+    own_gb_per_s, cycles_per_s = measure_link(device), measure_clock(device)
+    seconds_per_byte = max(0.0, 1 / gb_per_s - 1 / own_gb_per_s) / 1e9
+    return lambda size_bytes: torch.cuda._sleep(int(size_bytes * seconds_per_byte * cycles_per_s))
+
+
+def measure_link(device: torch.device) -> float:
+    host = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
+    card = host.to(device)
+    return 1e-9 * host.numel() / min(_seconds(lambda: card.copy_(host, non_blocking=True)) for _ in range(5))
+
+
+def measure_clock(device: torch.device) -> float:
+    """Cycles of a second, as a sleep on the card counts them."""
+    cycles = 20_000_000
+    return cycles / min(_seconds(lambda: torch.cuda._sleep(cycles)) for _ in range(3))
+
+
+def _seconds(work: Any) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
+
+
+def run_capped(folder: Path, cap_gib: float | None, size: Size, images: int, link_gb_per_s: float) -> dict[str, Any]:
+    """One cap, in a process that has done nothing else."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = Settings() if cap_gib is None else Settings(memory_gb=cap_gib * USABLE * GIB / 1e9)
+    delay = slow_down(device, link_gb_per_s) if device.type == "cuda" else None
+    began = time.perf_counter()
+    editor = Editor.open(folder, device=device.type, settings=settings)
+    loaded_s = time.perf_counter() - began
+    residency = editor._model.residency
+    if residency is not None:
+        residency.link.delay = delay
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    requests = list(make_requests(images, size.picture_px))
+    for request in requests[:2]:
+        editor.edit(request)
+    alone = measure_alone(editor, requests[2:6])
+    waves = measure_waves(editor, requests)
+    placement = None if residency is None else residency.placement
+    return {
+        "loaded_s": round(loaded_s, 1),
+        "alone": alone,
+        "waves": waves,
+        "pictures": [*alone.pop("pictures"), *waves.pop("pictures")],
+        **({} if device.type != "cuda" else measure_memory(device)),
+        **({} if placement is None else tell_placement(placement, editor._model.wave)),
+    }
+
+
+def measure_alone(editor: Editor, requests: Sequence[EditRequest]) -> dict[str, Any]:
+    copied, seconds, pictures = copied_bytes(editor), [], []
+    for request in requests:
+        began = time.perf_counter()
+        result = editor.edit(request)
+        seconds.append(time.perf_counter() - began)
+        pictures.append(name_pictures(result))
+    link = (copied_bytes(editor) - copied) / len(requests)
+    return {"seconds": round(statistics.median(seconds), 4), "link_gb": round(link / 1e9, 3), "pictures": pictures}
+
+
+def measure_waves(editor: Editor, requests: Sequence[EditRequest]) -> dict[str, Any]:
+    """From the first request to the last picture, both exchanges included."""
+    copied, pictures = copied_bytes(editor), []
+    began = time.perf_counter()
+    for outcome in editor.edit_many(requests):
+        if not isinstance(outcome, EditResult):
+            raise outcome
+        pictures.append(name_pictures(outcome))
+    seconds = (time.perf_counter() - began) / len(requests)
+    link = (copied_bytes(editor) - copied) / len(requests)
+    return {"seconds": round(seconds, 4), "link_gb": round(link / 1e9, 3), "images": len(requests), "pictures": pictures}
+
+
+def copied_bytes(editor: Editor) -> int:
+    residency = editor._model.residency
+    return 0 if residency is None else residency.copied_bytes
+
+
+def name_pictures(result: EditResult) -> str:
+    return hashlib.sha256(b"".join(image.tobytes() for image in result.images)).hexdigest()[:16]
+
+
+def measure_memory(device: torch.device) -> dict[str, Any]:
+    """Of this process at its fullest: what PyTorch gave out and what it had, and CUDA's own beside it."""
+    free, total = torch.cuda.mem_get_info(device)
+    own = total - free - torch.cuda.memory_reserved(device)
+    return {
+        "peak_gib": round((torch.cuda.max_memory_allocated(device) + own) / GIB, 3),
+        "peak_reserved_gib": round((torch.cuda.max_memory_reserved(device) + own) / GIB, 3),
+        "context_gib": round(own / GIB, 3),
+    }
+
+
+def tell_placement(placement: Any, wave: int) -> dict[str, Any]:
+    return {
+        "planned_gib": round(placement.peak_bytes / GIB, 3),
+        "planned_context_gib": round(CONTEXT_BYTES / GIB, 3),
+        "peaks": {name: round(size / GIB, 3) for name, size in placement.peaks},
+        "wave": wave,
+        "in_turn": placement.in_turn,
+        "records_graphs": placement.records_graphs,
+        "arena_gib": round(placement.arena_bytes / GIB, 3),
+        "resident_blocks": placement.resident_blocks,
+        "resident_encoder_layers": placement.resident_encoder_layers,
+        "exchanged_gb": round(placement.exchanged_bytes / 1e9, 3),
+        "streamed_step_gb": round(placement.streamed_step_bytes / 1e9, 3),
+    }
+
+
+def run_child(arguments: argparse.Namespace, cap: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.memory", "--folder", str(arguments.folder), "--child", cap]
+    command += ["--size", arguments.size, "--images", str(arguments.images), "--link", str(arguments.link)]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if ran.returncode:
+        return {"failed": f"ended with {ran.returncode}"}
+    row: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return row
+
+
+def compare(rows: dict[str, dict[str, Any]]) -> None:
+    """Add to each row how it stands to the one without a cap."""
+    whole = rows.get("none", {})
+    for row in rows.values():
+        if "failed" in row or "pictures" not in whole:
+            continue
+        row["same_pictures"] = row["pictures"] == whole["pictures"]
+        for kind in ("alone", "waves"):
+            row[kind]["x_uncapped"] = round(row[kind]["seconds"] / whole[kind]["seconds"], 3)
+        if "planned_gib" in row:
+            row["peak_x_planned"] = round(row["peak_gib"] / row["planned_gib"], 3)
+
+
+def show(rows: dict[str, dict[str, Any]]) -> None:
+    table = Table("cap", "alone s", "x", "GB", "waves s", "x", "GB", "peak/plan GiB", "blocks", "encoder", "same", "load s")
+    for cap, row in rows.items():
+        if "failed" in row:
+            table.add_row(cap, row["failed"])
+            continue
+        kinds = [str(row[kind].get(key, "")) for kind in ("alone", "waves") for key in ("seconds", "x_uncapped", "link_gb")]
+        table.add_row(
+            cap,
+            *kinds,
+            f"{row.get('peak_gib')}/{row.get('planned_gib')}",
+            str(row.get("resident_blocks")),
+            str(row.get("resident_encoder_layers")),
+            str(row.get("same_pictures")),
+            str(row["loaded_s"]),
+        )
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="a converted model")
+    parser.add_argument("--caps", default="none,24,16,12,8", help="GiB of the cards that are imitated; none for the whole card")
+    parser.add_argument("--images", type=int, default=40, help="in waves")
+    parser.add_argument("--link", type=float, default=LINK_GB_PER_S, help="GB/s, for all caps")
+    parser.add_argument("--size", choices=SIZES, default="true")
+    parser.add_argument("--save", action="store_true", help=f"append a line to {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        cap = None if arguments.child == "none" else float(arguments.child)
+        row = run_capped(arguments.folder, cap, SIZES[arguments.size], arguments.images, arguments.link)
+        print(json.dumps(row))
+        return
+    rows = {cap: run_child(arguments, cap) for cap in arguments.caps.split(",")}
+    compare(rows)
+    show(rows)
+    if arguments.save:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        kept = {cap: {key: value for key, value in row.items() if key != "pictures"} for cap, row in rows.items()}
+        line = {"size": arguments.size, "link_gb_per_s": arguments.link, "rows": kept, **describe_machine(device)}
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    sys.exit(any(row.get("same_pictures") is False or "failed" in row for row in rows.values()))
+
+
+if __name__ == "__main__":
+    main()
