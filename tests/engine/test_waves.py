@@ -101,7 +101,7 @@ def test_a_wave_is_bounded_by_the_hosts_memory(
     single: Editor, work: list[str], monkeypatch: pytest.MonkeyPatch, pictures: float, order: str
 ) -> None:
     request = dataclasses.replace(make_request(0), images=(make_request(0).images[0].resize((1000, 1000)),))
-    free = int(pictures * 3_000_000 / waves._SHARE)
+    free = int(pictures * 3_000_000 / waves.WAVE_HOST_SHARE)
     monkeypatch.setattr(waves, "read_memory", lambda: SimpleNamespace(available_bytes=free))
     requests = [dataclasses.replace(request, prompt=f"make it {number}", seed=number) for number in range(3)]
     assert len(list(in_waves(single, 9).edit_many(requests))) == 3
