@@ -4,8 +4,8 @@
 
 FOLDER is what benchmarks.cold_start writes: the 20B model's shapes with random weights, converted to FP8. Each cap has a process of
 its own, whose memory PyTorch limits, and whose copies to the card are held up until they are as slow as those of an RTX 4090 that
-were measured (21.7 GB/s). "alone" is one edit after another of pictures not seen before; "in waves" is edit_many. Exits with 1 where
-a picture differs from the one without a cap, in any bit.
+were measured (21.7 GB/s). "alone" is one edit after another of pictures not seen before; "waves" is edit_many. Exits with 1 where a
+picture differs from the one without a cap, in any bit.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import describe_machine
-from millicent.engine.loading import lay_out
+from millicent.engine.laying_out import lay_out
 from millicent.engine.planner import plan
 from millicent.engine.settings import Format, Settings
 from millicent.engine.transformer import Drawing

@@ -22,7 +22,8 @@ from millicent.edits import EditRequest
 from millicent.engine import fast_vae
 from millicent.engine.editor import Editor
 from millicent.engine.fast_vae import CapturedVAE
-from millicent.engine.loading import CACHE_BYTES, FastDrawing, Model, speed_up_model
+from millicent.engine.laying_out import FastDrawing
+from millicent.engine.loading import CACHE_BYTES, Model, speed_up_model
 from millicent.engine.planner import EncoderFormat, Plan, plan
 from millicent.engine.reading import Reader
 from millicent.engine.settings import Settings

@@ -234,7 +234,7 @@ def to_millicent(pipeline: diffusers.QwenImageEditPlusPipeline, card: ModelCard)
         schedule=BaseSchedule.from_dict(dict(pipeline.scheduler.config)),
         device=transformer.device,
         dtype=transformer.dtype,
-        weights_sha256="0" * 64,  # no file to name
+        wait_for_sha256=lambda: "0" * 64,  # no file to name
     )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import io
 import json
+import pickle
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
+from millicent.catalog.cluster import Cluster
 from millicent.cli.batch import batch, read_deadline, read_usd
 from millicent.cli.batch_views import guard
 from millicent.edits import EditRequest, EditResult, OnProgress, Timings
 from millicent.engine.editor import Editor
+from millicent.engine.settings import Settings
 from millicent.errors import InputError, InputNotFoundError, MillicentError, OutputError
 from millicent.images import fit_to, read_metadata
 
@@ -186,6 +190,39 @@ def test_the_price_of_a_named_card_is_used(catalog: Path) -> None:
     assert summary["usd"] is not None
 
 
+def test_a_limit_of_memory_reaches_the_editor(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Settings] = []
+
+    def open_editor(cls: type[Editor], /, model: str, *, settings: Settings, **options: object) -> Painter:
+        opened.append(settings)
+        return Painter()
+
+    monkeypatch.setattr(Editor, "open", classmethod(open_editor))
+    assert run(catalog, "--memory", "11.5").exit_code == 0
+    assert opened == [Settings(memory_gb=11.5)]
+    with pytest.raises(InputError, match="memory_gb is 0"):
+        run(catalog, "--memory", 0)
+
+
+def test_a_limit_of_memory_reaches_the_workers_of_a_cluster(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What workers are given crosses to their processes as bytes."""
+    given: list[bytes] = []
+
+    def open_cluster(address: str, open_editor: Callable[[], Editor], actors: int | None) -> Any:
+        given.append(pickle.dumps(open_editor.keywords["settings"]))  # type: ignore[attr-defined]  # a partial
+        return contextlib.nullcontext(Painter())
+
+    monkeypatch.setattr(Cluster, "open", open_cluster)
+    assert run(catalog, "--ray", "local", "--memory", 9).exit_code == 0
+    assert [pickle.loads(settings) for settings in given] == [Settings(memory_gb=9)]
+
+
+def test_waves_are_told_before_the_first_picture(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Painter, "wave", 7, raising=False)
+    assert "in waves of 7:" in run(catalog).stderr
+    assert "waves" not in run(catalog, "-q").stderr
+
+
 def test_cloud_outputs_need_a_ledger_of_their_own(catalog: Path) -> None:
     with pytest.raises(OutputError, match="cannot hold the ledger"):
         invoke(catalog / "catalog.csv", "-o", "s3://bucket/out", "--recipe", catalog / "recipe.toml")
@@ -233,6 +270,8 @@ def test_a_dry_run_for_a_named_card_opens_no_model(catalog: Path, monkeypatch: p
     assert float(told["total_usd"]) > 0
     assert "RTX 4090" in told["because"]
     assert "waves" not in told["because"]
+    limited = ("--dry-run", "--json", "--gpu", "RTX 4090", "--model", "qwen-image-edit-2511", "--memory", 16)
+    assert ", in waves of " in json.loads(run(catalog, *limited).stdout)["because"]
     told = json.loads(run(catalog, "--dry-run", "--json", "--gpu", "RTX 3090", "--model", "qwen-image-edit-2511").stdout)
     assert ", in waves of 8" in told["because"]
 
@@ -355,14 +394,14 @@ def child(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_ctrl_c_finishes_what_is_in_flight(child: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_ctrl_c_begins_no_more_and_leaves_nothing_claimed(child: subprocess.Popen[str], tmp_path: Path) -> None:
     child.send_signal(signal.SIGINT)
     stdout, stderr = child.communicate(timeout=20)
     summary = json.loads(stdout.splitlines()[-1])
     assert child.returncode == 3
     assert summary["event"] == "summary"
     assert 2 <= summary["done"] < 40
-    assert "finishing the images in flight" in stderr
+    assert "what is not drawn is given back" in stderr
     counts = json.loads(invoke("status", tmp_path / "out", "--json").stdout)["images"]
     assert counts.get("running", 0) == 0
     assert counts["done"] == summary["done"] == len(list((tmp_path / "out").glob("P*/*.png")))

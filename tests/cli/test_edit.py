@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,12 @@ from safetensors.torch import load_file, save_file
 
 from millicent import demo
 from millicent.cli.app import main
+from millicent.cli.edit import describe_engine, tell
+from millicent.engine.machine_plan import weigh_plan
+from millicent.engine.placement import Placement, place_on_card
+from millicent.engine.planner import plan
+from millicent.engine.settings import Settings
+from millicent.engine.workload import ask
 from millicent.images import before_after, open_image, read_metadata, save_image
 
 PICTURE = draw_picture(96, 128)
@@ -159,6 +166,60 @@ def test_a_format_is_told_and_written_down(run: Run, picture: Path, tiny_folder:
     # another format rounds otherwise, and draws the same picture
     apart = np.abs(pixels(out) - pixels(plain))
     assert 0 < apart.mean() < 8
+
+
+def editor_on(free_gb: float) -> Any:
+    """As far as it is told of: the 20B model opened on a card of Ada's with so much memory free, which no test has."""
+    asked, formats = ask("qwen-image-edit-2511"), plan(Settings(), (8, 9), "a card")
+    assert formats is not None
+    placement: Placement = place_on_card(weigh_plan(asked.model, asked.work, formats, (8, 9)), int(free_gb * 1e9))
+    return SimpleNamespace(plan=formats, warnings=(), placement=placement, wave=12 if placement.in_turn else 1)
+
+
+def test_where_weights_lie_is_told_where_not_all_are_on_the_card(capsys: pytest.CaptureFixture[str]) -> None:
+    tell(editor_on(80))
+    assert capsys.readouterr().err.splitlines() == list(editor_on(80).plan.because)
+    tell(editor_on(18))
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 + len(editor_on(18).plan.because)
+    assert "they lie on the card in turn" in told[-1]
+    tell(editor_on(12))
+    in_turn, transformer = capsys.readouterr().err.splitlines()[-2:]
+    assert "they lie on the card in turn" in in_turn
+    assert re.fullmatch(r"transformer: \d+ of 60 layers fit; [\d.]+ GiB cross the link in every step", transformer)
+
+
+def test_where_weights_lay_is_written_down() -> None:
+    def noted(free_gb: float) -> tuple[object, ...]:
+        engine = describe_engine(editor_on(free_gb))
+        assert engine["format"] == "fp8"
+        return engine["weights"], engine["resident_blocks"], engine["wave"]
+
+    assert noted(80) == ("on the card", 60, 1)
+    assert noted(18) == ("in turn", 60, 12)
+    weights, blocks, wave = noted(12)
+    assert (weights, wave) == ("streamed", 12)
+    assert isinstance(blocks, int)
+    assert 0 < blocks < 60
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--memory", 0), "memory_gb is 0.0"),
+        (("--memory", -8), "memory_gb is -8.0"),
+        (("--memory", 8), "this is a CPU"),
+        (("--memory", 8, "--plain"), "--plain"),
+    ],
+)
+def test_a_limit_of_memory_that_cannot_be_kept(
+    run: Run, picture: Path, tiny_folder: Path, tmp_path: Path, options: tuple[object, ...], told: str
+) -> None:
+    out = tmp_path / "out.png"
+    ran = run("edit", picture, PROMPT, "-o", out, "--model", tiny_folder, "--device", "cpu", *options)
+    assert (ran.code, ran.out) == (10, b"")
+    assert told in ran.err
+    assert not out.exists()
 
 
 def test_settings_that_exclude_each_other(run: Run, picture: Path, tmp_path: Path) -> None:

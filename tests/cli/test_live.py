@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
 from decimal import Decimal
 
 import pytest
 
 from millicent.catalog.events import Event, EventKind
-from millicent.cli.live import Figures, Tally, describe_trouble, print_json, show_time, watch
+from millicent.cli.live import Figures, Tally, describe_trouble, print_json, show_time, stopping, watch
 
 
 def event(kind: EventKind, **more: object) -> Event:
@@ -89,6 +92,23 @@ def test_trouble_is_told_and_the_rest_is_not(capsys: pytest.CaptureFixture[str])
         tell(event("quarantined", output="a.png", row_line=8, why="blank", set_aside="_rejected/1/a.png"))
         tell(event("done"))
     assert capsys.readouterr().err == "line 7: no picture\nquarantined a.png (line 8): blank (kept as _rejected/1/a.png)\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_the_run_to_stop_and_says_what_becomes_of_the_rest(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, stop, ended = signal.getsignal(number), threading.Event(), list[int]()
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with stopping(stop):
+        signal.raise_signal(number)
+        assert stop.is_set()
+        assert capfd.readouterr().err == "\nstopping: what is not drawn is given back; once more stops at once\n"
+        assert not ended
+        signal.raise_signal(number)
+        assert ended[0] == 128 + number
+        assert "stopped at once; the same command goes on from here" in capfd.readouterr().err
+    assert signal.getsignal(number) == before
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:

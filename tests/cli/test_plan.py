@@ -90,6 +90,19 @@ def test_a_machine_from_a_file() -> None:
     assert made["resident_blocks"] < 60
 
 
+def test_less_memory_of_the_card_is_planned_for() -> None:
+    whole, half = planned("--gpu", "RTX 4090"), planned("--gpu", "RTX 4090", "--memory", "16")
+    assert whole["exchanged_bytes"] == whole["streamed_step_bytes"] == 0
+    assert half["exchanged_bytes"] > 0
+    assert half["peak_bytes"] <= half["free_bytes"] == 16 * 10**9
+    least = planned("--gpu", "RTX 4090", "--memory", "8.5")
+    assert least["streamed_step_bytes"] > half["streamed_step_bytes"]
+    assert least["resident_blocks"] < half["resident_blocks"]
+    # more than is free is no limit
+    assert planned("--gpu", "RTX 4090", "--memory", "80") == whole
+    assert "they lie on the card in turn" in run("--gpu", "RTX 4090", "--memory", "16")
+
+
 def test_a_card_without_times_is_shown_without_them() -> None:
     shown = run("--machine", str(MACHINES / "rtx-4090-laptop.json"))
     assert "is not in our table of cards" in shown
@@ -172,6 +185,9 @@ def test_bars_are_as_long_as_their_values() -> None:
         (SizeError, ["--gpu", "L4", "--size", "1024"], "as 1024x768"),
         (InputError, ["--gpu", "L4", "--format", "fp7"], "format is 'fp7'"),
         (InputError, ["--gpu", "L4", "--attention", "sage"], "attention is 'sage'"),
+        (InputError, ["--gpu", "L4", "--memory", "0"], "memory_gb is 0.0"),
+        (InputError, ["--gpu", "L4", "--memory", "nan"], "memory_gb is nan"),
+        (MachineError, ["--gpu", "L4", "--memory", "2"], "even with all weights streamed"),
         (MachineError, ["--gpu", "RTX 3090", "--format", "fp8"], "do not run fp8"),
         (MachineError, ["--gpu", "T4"], "none of our formats"),
         (InputError, ["--machine", str(MACHINES / "rtx-4090-laptop.json"), "--plot", "x.svg"], "no times"),

@@ -75,7 +75,7 @@ def test_the_error_that_is_told_is_the_worst_of_them() -> None:
 
 
 def test_the_stages_of_a_run_are_its_edit() -> None:
-    """So that a row of pictures may be counted by them; in a row the edges are beside the drawing, which takes a few percent less."""
+    """So that a row of pictures may be counted by them, which takes a few percent less, with the edges beside the drawing."""
     for run in RUNS:
         stages = stages_of(run)
         assert sum(stages.values()) == pytest.approx(run.edit_ms / 1e3, rel=0.04)

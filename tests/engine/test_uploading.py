@@ -56,7 +56,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(module, "_mark", machine.mark)
     monkeypatch.setattr(module, "LEAST_BYTES", 1024)
     monkeypatch.setattr(module, "BUFFER_BYTES", 3 * 4096)
-    monkeypatch.setattr(module, "_SLICE_BYTES", 4096)
     empty = torch.empty
     # only where the result lies is played
     fake = SimpleNamespace(**{**vars(torch), "empty": lambda shape, dtype, device: empty(shape, dtype=dtype)})
@@ -95,15 +94,15 @@ def test_views_come_whole(machine: Machine, view: type) -> None:
     assert torch.equal(bits(found), bits(tensor))
 
 
-def test_a_buffer_is_filled_again_only_when_its_copy_is_done(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_buffer_is_filled_again_only_when_its_copy_is_done(machine: Machine) -> None:
     waited_before = []
-    fill = module._Staging._fill
+    mark = machine.mark
 
-    def watch(self: module._Staging, staged: Tensor, source: Tensor) -> None:
+    def watch(device: torch.device) -> Event:
         waited_before.append([event.waited for event in machine.events])
-        fill(self, staged, source)
+        return mark(device)
 
-    monkeypatch.setattr(module._Staging, "_fill", watch)
+    module._mark = watch  # the fixture puts it back
     with uploading(CARD) as upload:
         upload(draw(torch.uint8, 5 * 3 * 4096), CARD)
     # three buffers: the fourth piece waits for the first, and not for those that are under way

@@ -145,6 +145,14 @@ def run(
     number_format: Annotated[Format | None, typer.Option("--format", help="Default: the card's fastest.")] = None,
     attention: Annotated[Attention, typer.Option(help="Exact, or with 8-bit products: an approximation.")] = "exact",
     reuse_reference: Annotated[bool, typer.Option("--reuse-reference", help="Faster, an approximation.")] = False,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--memory",
+            metavar="<GB>",
+            help="Use at most so many GB of the card's memory; what does not fit waits on the host. Default: all that is free.",
+        ),
+    ] = None,
 ) -> None:
     """Edit a whole catalog.
 
@@ -160,7 +168,7 @@ def run(
         raise InputError("A budget was given, and no price of the card is known.", "Give --price, or the card with --gpu.")
     if ray_actors is not None and ray is None:
         raise InputError("--ray-actors was given without --ray.", "Give the cluster too, as --ray auto.")
-    settings = Settings(format=number_format, attention=attention, reuse_reference=reuse_reference)
+    settings = Settings(format=number_format, attention=attention, reuse_reference=reuse_reference, memory_gb=memory_gb)
     open_editor = partial(
         Editor.open,
         absolute(model),
@@ -239,6 +247,9 @@ def opened(open_editor: Callable[[], Editor], ray: str | None, ray_actors: int |
 def tell_of(editor: Editor | Cluster) -> None:
     if not isinstance(editor, Cluster):
         tell(editor)
+        wave = getattr(editor, "wave", 1)
+        if wave > 1:
+            print(f"in waves of {wave}: up to so many images are read before the first of them is drawn", file=sys.stderr)
         return
     for warning in editor.warnings:
         print(f"warning: {warning}", file=sys.stderr)

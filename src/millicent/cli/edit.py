@@ -21,7 +21,7 @@ from rich.progress import Progress as Bar
 import millicent
 from millicent.edits import EditRequest, EditResult, OnProgress, Progress, Schedule
 from millicent.engine.editor import Editor
-from millicent.engine.planner import Plan
+from millicent.engine.placement import Placement
 from millicent.engine.settings import Attention, Format, Settings
 from millicent.errors import OutputError, ScheduleError, SizeError
 from millicent.images import Fit, before_after, check_writable, encode_image, fit_to, flatten, open_image, read_file
@@ -89,6 +89,14 @@ def edit(
     ] = False,
     bf16_down: Annotated[bool, typer.Option("--bf16-down", help="Keep the MLPs' down-projections in BF16.")] = False,
     bf16_edge_blocks: Annotated[int, typer.Option("--bf16-edge-blocks", help="Keep so many blocks at either end in BF16.")] = 0,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--memory",
+            metavar="<GB>",
+            help="Use at most so many GB of the card's memory; what does not fit waits on the host. Default: all that is free.",
+        ),
+    ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Draw with the plain network, without kernels and formats.")] = False,
 ) -> None:
     """Edit one picture by a sentence."""
@@ -99,6 +107,7 @@ def edit(
         bf16_down=bf16_down,
         bf16_edge_blocks=bf16_edge_blocks,
         plain=plain,
+        memory_gb=memory_gb,
     )
     if out == STDIO and (as_json or strip or variants > 1):
         raise typer.BadParameter("one picture goes to standard output: leave out --json, --strip and -n.", param_hint="-o -")
@@ -146,7 +155,7 @@ def edit(
     opened = {
         "loras": loras or [],
         "files": {part: str(file) for part, file in stand_ins.items() if file is not None},
-        "engine": describe_plan(editor.plan),
+        "engine": describe_engine(editor),
     }
     records = [{**describe(request, result, variant, sources), **opened} for variant in range(variants)]
     if out == STDIO:
@@ -166,11 +175,15 @@ def edit(
 
 
 def tell(editor: Editor) -> None:
-    """What to know of the weights, and what was chosen for the card and why."""
+    """What to know of the weights, what was chosen for the card and why, and where weights lie that do not all fit there."""
     for warning in editor.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     for reason in () if editor.plan is None else editor.plan.because:
         print(reason, file=sys.stderr)
+    placement = placement_of(editor)
+    if placement is not None and placement.weights != "on the card":
+        for line in (placement.because, *(f"{part.name}: {part.because}" for part in placement.parts if part.where == "streamed")):
+            print(line, file=sys.stderr)
 
 
 def output_paths(out: Path, variants: int) -> list[Path]:
@@ -253,13 +266,26 @@ def describe(request: EditRequest, result: EditResult, variant: int, sources: li
     }
 
 
-def describe_plan(plan: Plan | None) -> dict[str, Any]:
-    """What a picture was drawn with, for its metadata: what may make it differ from another machine's."""
-    if plan is None:
+def describe_engine(editor: Editor) -> dict[str, Any]:
+    """What a picture was drawn with, for its metadata: what may make it differ from another machine's.
+
+    On a card also where the weights lay, which makes no difference to the picture.
+    """
+    if editor.plan is None:
         return {"format": "plain"}
-    described = dataclasses.asdict(plan)
+    described = dataclasses.asdict(editor.plan)
     del described["because"]
+    placement = placement_of(editor)
+    if placement is not None:
+        described["weights"] = placement.weights
+        described["resident_blocks"] = placement.resident_blocks
+        described["wave"] = editor.wave
     return described
+
+
+def placement_of(editor: Editor) -> Placement | None:
+    """Where the weights lie now; None where nothing was placed, as on a CPU."""
+    return getattr(editor, "placement", None)
 
 
 def summarize(result: EditResult, records: list[dict[str, Any]], paths: list[Path], strips: list[Path]) -> dict[str, Any]:

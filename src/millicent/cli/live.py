@@ -255,9 +255,9 @@ def _open_textfile(tally: Tally, path: Path) -> Callable[[], None]:
 
 @contextmanager
 def stopping(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C, or SIGTERM from a rented machine that is taken away: finish the images in flight. A second one ends at once.
+    """Ctrl-C, or SIGTERM from a rented machine that is taken away: sets `stop`. A second one ends the process at once.
 
-    The ledger is made for that: what was in flight is drawn again by the next run.
+    The ledger is made for both: what a run gives back, and what is in flight when it is killed, is drawn by the next one.
     """
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -266,7 +266,7 @@ def stopping(stop: threading.Event) -> Iterator[None]:
             os.write(2, b"stopped at once; the same command goes on from here\n")
             os._exit(128 + number)
         stop.set()
-        os.write(2, b"\nfinishing the images in flight; once more stops at once\n")
+        os.write(2, b"\nstopping: what is not drawn is given back; once more stops at once\n")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -40,6 +40,14 @@ def plan(
     reuse_reference: Annotated[
         bool, typer.Option("--reuse-reference", help="Keep the references' keys and values; an approximation.")
     ] = False,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--memory",
+            metavar="<GB>",
+            help="Use at most so many GB of the card's memory; what does not fit waits on the host. Default: all that is free.",
+        ),
+    ] = None,
     all_cards: Annotated[bool, typer.Option("--all", help="Rank every card of the table by dollars per image.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="<file.svg>", help="Draw it as a bar chart.")] = None,
@@ -50,7 +58,12 @@ def plan(
     where no placement fits.
     """
     check_options(gpu, machine_file, all_cards, plot)
-    settings = Settings(format=format_name, attention=attention, reuse_reference=reuse_reference)  # type: ignore[arg-type]
+    settings = Settings(
+        format=format_name,  # type: ignore[arg-type]  # it looks for itself
+        attention=attention,  # type: ignore[arg-type]
+        reuse_reference=reuse_reference,
+        memory_gb=memory_gb,
+    )
     asked, today = ask(model, parse_size(size), refs, steps), datetime.datetime.now(tz=datetime.UTC).date()
     if all_cards:
         ranking = rank_cards(asked.model, settings, asked.work, on=today, prices=prices_folder())

@@ -38,15 +38,20 @@ class Editor:
     def __init__(self, name: str, model: Model) -> None:
         self.name = name
         self.card: ModelCard = model.card
-        self.weights_sha256: str = model.weights_sha256
         self.warnings: tuple[str, ...] = model.warnings  # of the weights' quality
         self.plan: Plan | None = None if model.fast is None else model.fast.plan
+        self.loading_s: dict[str, float] = model.loading_s  # by step
         self._model = model
 
     @property
     def wave(self) -> int:
         """How many requests edit_many takes before the first is drawn; 1 where weights do not change places."""
         return self._model.wave
+
+    @property
+    def weights_sha256(self) -> str:
+        """It is waited for: a large file takes seconds. Raises CheckpointError for a file that cannot be read."""
+        return self._model.weights_sha256
 
     @classmethod
     def open(
@@ -61,6 +66,7 @@ class Editor:
         device: str = "auto",
         dtype: str = "auto",
         settings: Settings = DEFAULT_SETTINGS,
+        kernels: Path | None = None,
     ) -> Self:
         """Load a model whole.
 
@@ -72,6 +78,7 @@ class Editor:
         device: "auto" (the GPU where there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (BF16 on a GPU, FP32 on a CPU), "bf16" or "fp32".
         settings: the number format of the transformer, and what may be approximated (engine/settings.py).
+        kernels: a folder in which compiled kernels are kept from one process to the next; None for where Triton keeps them.
         Raises ModelNotFoundError, IncompleteModelError, WeightsMismatchError, CheckpointError, MissingExtraError, MachineError for
         too little memory, InputNotFoundError for a file that is not there.
         """
@@ -96,6 +103,7 @@ class Editor:
             {network: Path(file) for network, file in stand_ins.items() if file is not None},
             distilled_steps,
             settings,
+            kernels,
         )
         return cls(name, loaded)
 

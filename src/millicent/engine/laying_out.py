@@ -16,6 +16,7 @@ from millicent.engine.modulation import ModulationSource
 from millicent.engine.planner import EncoderFormat, Plan
 from millicent.engine.residency import Residency, encoder_layers, stream_encoder
 from millicent.engine.transformer import FastMMDiT
+from millicent.engine.uploading import Upload, move
 from millicent.model.mmdit import MMDiT
 from millicent.model.text_encoder import build_network
 
@@ -31,10 +32,13 @@ class FastDrawing:
     modulation: ModulationSource
 
 
-def lay_out(mmdit: MMDiT, plan: Plan, device: torch.device, dtype: torch.dtype, residency: Residency | None = None) -> FastDrawing:
+def lay_out(
+    mmdit: MMDiT, plan: Plan, device: torch.device, dtype: torch.dtype, residency: Residency | None = None, upload: Upload = move
+) -> FastDrawing:
     """Move a network to a device in a plan's formats, block by block; the network is left without its blocks.
 
-    residency: takes each block, where it has slabs. Blocks that another process has put there are not read again.
+    upload: brings weights there. residency: takes each block, where it has slabs. Blocks that another
+    process has put there are not read again.
     """
     modulation = ModulationSource(mmdit, device, dtype)
     for name in ("txt_norm", "img_in", "txt_in", "proj_out"):
@@ -44,7 +48,7 @@ def lay_out(mmdit: MMDiT, plan: Plan, device: torch.device, dtype: torch.dtype, 
         mmdit.transformer_blocks = _shapes_of(mmdit, dtype).transformer_blocks
         maker = _maker(mmdit, plan, META, dtype)
     else:
-        maker = _maker(mmdit, plan, device, dtype)
+        maker = _maker(mmdit, plan, device, dtype, upload)
     take = (lambda block: residency.take(residency.transformer, block)) if residency is not None and streams else None
     network = FastMMDiT(mmdit, maker, attention=plan.attention, reuse_reference=plan.reuse_reference, take=take)
     if residency is not None and streams:
@@ -52,8 +56,8 @@ def lay_out(mmdit: MMDiT, plan: Plan, device: torch.device, dtype: torch.dtype, 
     return FastDrawing(plan, network, modulation)
 
 
-def _maker(mmdit: MMDiT, plan: Plan, device: torch.device, dtype: torch.dtype) -> MakeLinear:
-    return linear_maker(plan, mmdit.config.num_layers, device, dtype)
+def _maker(mmdit: MMDiT, plan: Plan, device: torch.device, dtype: torch.dtype, upload: Upload = move) -> MakeLinear:
+    return linear_maker(plan, mmdit.config.num_layers, device, dtype, upload)
 
 
 def _shapes_of(mmdit: MMDiT, dtype: torch.dtype) -> MMDiT:
@@ -62,21 +66,23 @@ def _shapes_of(mmdit: MMDiT, dtype: torch.dtype) -> MMDiT:
         return MMDiT(mmdit.config).to(dtype).eval()
 
 
-def lay_out_encoder(network: Any, device: torch.device, wanted: EncoderFormat | None, residency: Residency | None = None) -> None:
+def lay_out_encoder(
+    network: Any, device: torch.device, wanted: EncoderFormat | None, residency: Residency | None = None, upload: Upload = move
+) -> None:
     """Move a text encoder's network to a device, in place, layer by layer, all but its table of embeddings.
 
     wanted: of its linears; None leaves them as they are, for a CPU. residency: takes each layer, where it has slabs.
     """
     if residency is None or not residency.has_slabs:
         if wanted is not None:
-            quantize_encoder(network, device, wanted)
+            quantize_encoder(network, device, wanted, upload=upload)
         _move(network, device)
         return
     stack, made_on = residency.text_encoder, META if residency.is_filled else device
     if residency.is_filled:
         _take_shapes(network)
     assert wanted is not None
-    quantize_encoder(network, made_on, wanted, take=lambda layer: residency.take(stack, layer))
+    quantize_encoder(network, made_on, wanted, take=lambda layer: residency.take(stack, layer), upload=upload)
     _move_around_layers(network, device)
     stream_encoder(network, stack)
 

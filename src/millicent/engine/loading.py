@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +15,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from millicent.checkpoint.fingerprint import weights_sha256
+from millicent.checkpoint.fingerprint import begin_weights_sha256
 from millicent.checkpoint.folder import open_folder, read_json
 from millicent.checkpoint.load import MappedFiles, fill, load_network, read_parameters
 from millicent.checkpoint.lora import fuse_loras
@@ -31,9 +33,11 @@ from millicent.engine.reading import Reader
 from millicent.engine.residency import Residency
 from millicent.engine.sampler import BaseSchedule
 from millicent.engine.settings import Settings
+from millicent.engine.uploading import uploading
 from millicent.engine.workload import read_sizes
 from millicent.errors import CheckpointError, IncompleteModelError, InputError, MachineError
 from millicent.facts.models import ModelCard
+from millicent.kernels.compiled import keep_compiled
 from millicent.model import text_encoder, vae
 from millicent.model.config import MMDiTConfig, VAEConfig
 from millicent.model.mmdit import MMDiT
@@ -52,6 +56,8 @@ LATENTS_BYTES = 64 << 20  # of what the VAE made of pictures; one of 1024x1024 t
 class Model:
     """Everything that an edit runs on. fast, reader, latents: None where the plain networks draw, read and encode.
 
+    wait_for_sha256: gives weights_sha256. loading_s: seconds that loading took, by step: headers are read, each part is mapped and
+    checked, and all are laid out on the card.
     latents: (1, 16, h, w) of the pictures that the VAE saw last, by caches.image_key of what it saw.
     schedule: how the folder's scheduler shifts the base schedule. warnings: what to know of the weights.
     residency: where weights lie, and what moves them; None on a CPU.
@@ -64,12 +70,18 @@ class Model:
     schedule: BaseSchedule
     device: torch.device
     dtype: torch.dtype
-    weights_sha256: str
+    wait_for_sha256: Callable[[], str]
     warnings: tuple[str, ...] = ()
     fast: FastDrawing | None = None
     reader: Reader | None = None
     latents: ByteBudgetCache[str, Tensor] | None = None
     residency: Residency | None = None
+    loading_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def weights_sha256(self) -> str:
+        """Made in the background, from when loading begins. Raises CheckpointError for a file that cannot be read."""
+        return self.wait_for_sha256()
 
     @property
     def wave(self) -> int:
@@ -91,13 +103,16 @@ def load_model(
     files: Mapping[Network, Path] = MappingProxyType({}),
     distilled_steps: int | None = None,
     settings: Settings = DEFAULT_SETTINGS,
+    kernels: Path | None = None,
 ) -> Model:
     """Load every part of a diffusers-layout folder; fuse the card's LoRA and `loras`, each with its strength.
 
     files: stand in for a part of the folder, in any layout; the folder says which model they are. A Lightning LoRA among
     `loras`, or distillation in a transformer file, changes the card: it brings its steps and schedule, and guidance is off.
     distilled_steps: how many a transformer is distilled for whose name speaks of it, 0 for none.
-    Raises CheckpointError and its kinds, InputNotFoundError for a LoRA that is not there, MachineError for too little memory
+    kernels: where compiled kernels are kept; None for where Triton keeps them.
+    Raises CheckpointError and its kinds, OutputError for such a folder that cannot be written, InputNotFoundError for a LoRA that
+    is not there, MachineError for too little memory
     or a format that the card does not run, InputError for FP32 on a card with settings that have none.
     """
     plan = None if dtype == torch.float32 and settings == DEFAULT_SETTINGS else planner.plan(settings, *_describe_card(device))
@@ -111,46 +126,58 @@ def load_model(
     limit_bytes = None if settings.memory_gb is None else int(settings.memory_gb * 1e9)
     if limit_bytes is not None:
         limit_memory(device, limit_bytes)
+    if plan is not None and device.type == "cuda" and kernels is not None:
+        keep_compiled(kernels, device)
     folder = open_folder(path)
     if folder.pipeline != card.pipeline:
         raise CheckpointError(
             f"{path} is a folder for {folder.pipeline}; the card {card.name} is for {card.pipeline}.",
             "Correct the card.",
         )
-    parts = {network: find_part(network, path / network, files.get(network), path) for network in NETWORKS}
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "headers"):
+        parts = {network: find_part(network, path / network, files.get(network), path) for network in NETWORKS}
     transformer = parts["transformer"]
     fused = fused_steps(transformer.distilled, distilled_steps)
     own = [] if card.lora is None or fused else [_find_lora(path, card.lora)]
     card = with_distillation(card, fused, own, loras)
     keep_codes = not own and not loras
+    wait_for_sha256 = begin_weights_sha256(
+        path,
+        [*(f for network in NETWORKS if network not in files for f in parts[network].paths), *own],
+        loras,
+        [(network, f) for network in files for f in parts[network].paths],
+    )
     placement = shared_as = None
     if plan is None or device.type != "cuda":
         check_memory([parts[network] for network in NETWORKS], keep_codes, dtype, device, plan)
     else:  # before anything is read
         shared_as = _name_layers(parts, [*((lora, 1.0) for lora in own), *loras], plan, dtype)
         placement = choose_placement(read_sizes(path), card, plan, device, limit_bytes, shared_as)
-    mmdit = _load_mmdit(path / "transformer", transformer, dtype, keep_codes)
-    if own or loras:
-        fuse_loras(mmdit, [*((lora, 1.0) for lora in own), *loras])
+    with _timed(seconds, "transformer"):
+        mmdit = _load_mmdit(path / "transformer", transformer, dtype, keep_codes)
+        if own or loras:
+            fuse_loras(mmdit, [*((lora, 1.0) for lora in own), *loras])
+        mmdit = mmdit if plan is not None else mmdit.to(device)
+    with _timed(seconds, "VAE"):
+        flat_vae = _load_vae(path / "vae", parts["vae"], dtype).to(device)
+    with _timed(seconds, "text encoder"):
+        encoder = _load_text_encoder(path, parts["text_encoder"], card, device if plan is None else HOST, dtype)
     model = Model(
         card=card,
-        mmdit=mmdit if plan is not None else mmdit.to(device),
-        vae=_load_vae(path / "vae", parts["vae"], dtype).to(device),
-        text_encoder=_load_text_encoder(path, parts["text_encoder"], card, device if plan is None else HOST, dtype),
+        mmdit=mmdit,
+        vae=flat_vae,
+        text_encoder=encoder,
         schedule=BaseSchedule.from_dict(read_json(path / "scheduler" / "scheduler_config.json")),
         device=device,
         dtype=dtype,
-        weights_sha256=weights_sha256(
-            path,
-            [*(f for network in NETWORKS if network not in files for f in parts[network].paths), *own],
-            loras,
-            [(network, f) for network in files for f in parts[network].paths],
-        ),
+        wait_for_sha256=wait_for_sha256,
         warnings=tuple(
             warning
             for network, part in parts.items()
             for warning in (*part.warnings, *tell_expanded(part, keep_codes or network == "text_encoder", dtype))
         ),
+        loading_s=seconds,
     )
     return model if plan is None else speed_up_model(model, plan, placement, shared_as, limit_bytes)
 
@@ -198,8 +225,9 @@ def speed_up_model(
     try:
         if residency is not None and residency.in_turn:
             open_slabs(residency, model.mmdit, network, plan, model.dtype, shared_as)
-        fast = lay_out(model.mmdit, plan, model.device, model.dtype, residency)
-        lay_out_encoder(network, model.device, wanted, residency)
+        with _timed(model.loading_s, "layout"), uploading(model.device) as upload:
+            fast = lay_out(model.mmdit, plan, model.device, model.dtype, residency, upload)
+            lay_out_encoder(network, model.device, wanted, residency, upload)
         if residency is not None and residency.has_slabs:
             residency.settle(residency.placement)
     except BaseException:
@@ -217,6 +245,13 @@ def speed_up_model(
     opened = dataclasses.replace(model, fast=fast, reader=reader, latents=latents, vae=vae, residency=residency)
     set_wave(opened)
     return opened
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
 
 
 def _describe_card(device: torch.device) -> tuple[planner.Capability | None, str]:

@@ -1,14 +1,12 @@
 """Weights from mapped files to a card at the speed of its link.
 
 A copy straight from memory that is not page-locked goes through a small buffer of the driver's, filled by one thread. Here
-several threads fill large page-locked buffers in turn, and while one is filled the card fetches another by itself.
+all of PyTorch's threads fill large page-locked buffers in turn, and while one is filled the card fetches another by itself.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,8 +21,6 @@ Upload = Callable[[Tensor, torch.device], Tensor]
 BUFFERS = 3  # one is filled, one is on its way, and one may be late
 BUFFER_BYTES = 64 << 20  # the largest of a block's matrices in one piece, in 8 bits: 38 MB
 LEAST_BYTES = 1 << 20  # below, the driver's own way costs no more than a few microseconds
-_SLICE_BYTES = 4 << 20  # of a thread; less is not worth its waking
-_MOST_THREADS = 8  # a few fill what a link of 64 GB/s takes
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:
@@ -63,8 +59,6 @@ class _Staging:
         self._device = device
         self._memory: HostMemory | None = None
         self._buffers: list[_Buffer] = []
-        self._threads = min(_MOST_THREADS, torch.get_num_threads())
-        self._pool = ThreadPoolExecutor(self._threads, "upload")  # starts a thread when it is first needed
 
     def upload(self, tensor: Tensor, device: torch.device) -> Tensor:
         if device.type != self._device.type or tensor.device.type != "cpu" or tensor.nbytes < LEAST_BYTES or tensor.is_pinned():
@@ -85,19 +79,11 @@ class _Staging:
         if buffer.sent is not None:
             buffer.sent.synchronize()
         staged = buffer.memory[: len(source)]
-        self._fill(staged, source)
+        staged.copy_(source)  # a share for each of PyTorch's threads
         target.copy_(staged, non_blocking=True)
         buffer.sent = _mark(target.device)
 
-    def _fill(self, staged: Tensor, source: Tensor) -> None:
-        """By several threads: torch copies between contiguous tensors of one dtype in one, and lets others run meanwhile."""
-        share = max(_SLICE_BYTES, -(-len(source) // self._threads))
-        share = -(-share // mmap.PAGESIZE) * mmap.PAGESIZE
-        # to the end, so that an error of one is raised here
-        list(self._pool.map(_copy, staged.split(share), source.split(share)))
-
     def close(self) -> None:
-        self._pool.shutdown()
         self._buffers.clear()
         if self._memory is not None:
             self._memory.close()
@@ -105,10 +91,6 @@ class _Staging:
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    target.copy_(source)
 
 
 def _mark(device: torch.device) -> torch.cuda.Event:
