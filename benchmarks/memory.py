@@ -169,12 +169,15 @@ def tell_placement(placement: Any, wave: int) -> dict[str, Any]:
 
 
 def run_child(arguments: argparse.Namespace, cap: str) -> dict[str, Any]:
+    began = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.memory", "--folder", str(arguments.folder), "--child", cap]
     command += ["--size", arguments.size, "--images", str(arguments.images), "--link", str(arguments.link)]
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if ran.returncode:
         return {"failed": f"ended with {ran.returncode}"}
     row: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    told = {key: value for key, value in row.items() if key != "pictures"}
+    print(f"{cap}: {time.perf_counter() - began:.0f} s in all, {json.dumps(told)}", flush=True)
     return row
 
 

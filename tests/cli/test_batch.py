@@ -48,6 +48,7 @@ class Painter:
     weights_sha256 = "cd" * 32
     warnings = ()
     plan = None
+    placement = None
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds

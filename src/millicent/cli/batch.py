@@ -29,6 +29,7 @@ from millicent.cli.batch_views import LEDGER, export, gallery, show_bill, status
 from millicent.cli.cost import choose_prices, write_value
 from millicent.cli.edit import parse_lora, tell
 from millicent.cli.live import Tally, show_time, stopping, watch
+from millicent.cli.pull import kernels_folder
 from millicent.engine.editor import Editor
 from millicent.engine.settings import Attention, Format, Settings
 from millicent.errors import InputError, OutputError
@@ -179,6 +180,7 @@ def run(
         distilled_steps=distilled,
         device=device,
         settings=settings,
+        kernels=kernels_folder(),
     )
     allowed = frozenset(allow_hosts or ())
     if dry:

@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 import millicent
+from millicent.cli.pull import kernels_folder
 from millicent.edits import EditRequest, EditResult, OnProgress, Progress, Schedule
 from millicent.engine.editor import Editor
-from millicent.engine.placement import Placement
 from millicent.engine.settings import Attention, Format, Settings
 from millicent.errors import OutputError, ScheduleError, SizeError
 from millicent.images import Fit, before_after, check_writable, encode_image, fit_to, flatten, open_image, read_file
@@ -146,6 +146,7 @@ def edit(
             distilled_steps=distilled,
             device=device,
             settings=settings,
+            kernels=kernels_folder(),
         )
         if not quiet:
             tell(editor)
@@ -180,7 +181,7 @@ def tell(editor: Editor) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     for reason in () if editor.plan is None else editor.plan.because:
         print(reason, file=sys.stderr)
-    placement = placement_of(editor)
+    placement = editor.placement
     if placement is not None and placement.weights != "on the card":
         for line in (placement.because, *(f"{part.name}: {part.because}" for part in placement.parts if part.where == "streamed")):
             print(line, file=sys.stderr)
@@ -275,17 +276,12 @@ def describe_engine(editor: Editor) -> dict[str, Any]:
         return {"format": "plain"}
     described = dataclasses.asdict(editor.plan)
     del described["because"]
-    placement = placement_of(editor)
+    placement = editor.placement
     if placement is not None:
         described["weights"] = placement.weights
         described["resident_blocks"] = placement.resident_blocks
         described["wave"] = editor.wave
     return described
-
-
-def placement_of(editor: Editor) -> Placement | None:
-    """Where the weights lie now; None where nothing was placed, as on a CPU."""
-    return getattr(editor, "placement", None)
 
 
 def summarize(result: EditResult, records: list[dict[str, Any]], paths: list[Path], strips: list[Path]) -> dict[str, Any]:

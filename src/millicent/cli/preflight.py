@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import millicent
-from millicent.cli.pull import default_folder
+from millicent.cli.pull import default_folder, kernels_folder
 from millicent.engine.needs import needs_of
 from millicent.errors import InputError, InputNotFoundError, OutputError
 from millicent.hardware.findings import Finding, exit_code, ok, warning
@@ -85,7 +85,7 @@ def folders(model: str) -> dict[str, Path]:
         MODELS: default_folder(model),
         HUB_CACHE: Path(os.environ.get("HF_HUB_CACHE") or hub / "hub"),
         TEMPORARY: Path(tempfile.gettempdir()),
-        KERNELS: Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache"),
+        KERNELS: kernels_folder() or Path(os.environ["TRITON_CACHE_DIR"]),
     }
 
 

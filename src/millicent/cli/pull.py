@@ -61,8 +61,17 @@ def pull(
 
 def default_folder(name: str) -> Path:
     """Where a user's programs keep their data, by the XDG rules: a model is neither a cache to be emptied nor a project's own."""
+    return _data_folder() / "models" / name
+
+
+def kernels_folder() -> Path | None:
+    """Where compiled kernels are kept: beside the models, on the disk that a rented machine keeps. None where Triton was told."""
+    return None if os.environ.get("TRITON_CACHE_DIR") else _data_folder() / "kernels"
+
+
+def _data_folder() -> Path:
     data = os.environ.get("XDG_DATA_HOME", "")
-    return (Path(data) if Path(data).is_absolute() else Path.home() / ".local" / "share") / "millicent" / "models" / name
+    return (Path(data) if Path(data).is_absolute() else Path.home() / ".local" / "share") / "millicent"
 
 
 def show_listing(listing: Listing) -> None:

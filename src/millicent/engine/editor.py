@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 from millicent import demo
 from millicent.checkpoint.folder import open_folder, read_json
 from millicent.edits import EditRequest, EditResult, OnProgress, Timings
+from millicent.engine.placement import Placement
 from millicent.engine.planner import Plan
 from millicent.engine.settings import Settings
 from millicent.errors import IncompleteModelError, InputError, MillicentError, MissingExtraError, ModelNotFoundError
@@ -47,6 +48,11 @@ class Editor:
     def wave(self) -> int:
         """How many requests edit_many takes before the first is drawn; 1 where weights do not change places."""
         return self._model.wave
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the weights lie now; None on a CPU."""
+        return None if self._model.residency is None else self._model.residency.placement
 
     @property
     def weights_sha256(self) -> str:

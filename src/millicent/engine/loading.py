@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from millicent import __version__
 from millicent.checkpoint.fingerprint import begin_weights_sha256
 from millicent.checkpoint.folder import open_folder, read_json
 from millicent.checkpoint.load import MappedFiles, fill, load_network, read_parameters
@@ -192,7 +192,7 @@ def _name_layers(parts: Mapping[Network, FoundPart], loras: Sequence[tuple[Path,
         dataclasses.replace(plan, because=()),
         str(dtype),
         torch.__version__,
-        version("millicent"),
+        __version__,
     )
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
