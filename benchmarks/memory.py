@@ -100,6 +100,7 @@ def run_capped(folder: Path, cap_gib: float | None, size: Size, images: int, lin
     placement = None if residency is None else residency.placement
     return {
         "loaded_s": round(loaded_s, 1),
+        "loading_s": {name: round(seconds, 2) for name, seconds in editor.loading_s.items()},
         "alone": alone,
         "waves": waves,
         "pictures": [*alone.pop("pictures"), *waves.pop("pictures")],
@@ -159,7 +160,7 @@ def tell_placement(placement: Any, wave: int) -> dict[str, Any]:
         "peaks": {name: round(size / GIB, 3) for name, size in placement.peaks},
         "wave": wave,
         "in_turn": placement.in_turn,
-        "records_graphs": placement.records_graphs,
+        "recorded": list(placement.recorded),
         "arena_gib": round(placement.arena_bytes / GIB, 3),
         "resident_blocks": placement.resident_blocks,
         "resident_encoder_layers": placement.resident_encoder_layers,

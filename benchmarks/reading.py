@@ -27,7 +27,8 @@ from millicent import demo
 from millicent.engine.fast_encoder import quantize_encoder
 from millicent.engine.planner import EncoderFormat
 from millicent.engine.reading import Reader
-from millicent.model.text_encoder import TextEncoder, read_image_processor, read_tokenizer
+from millicent.model.picture_processor import read_picture_processor
+from millicent.model.text_encoder import TextEncoder, read_tokenizer
 
 PROMPT = "make the shirt navy blue, on a wooden table"
 PLENTY_BYTES = 1 << 30
@@ -58,8 +59,8 @@ WAYS = (
 
 def make_encoder(size: Size, device: torch.device) -> TextEncoder:
     network = make_text_encoder(size, device).model
-    tokenizer, images = read_tokenizer(demo.folder() / "tokenizer"), read_image_processor(demo.folder() / "processor")
-    return TextEncoder(network, tokenizer, images, template="edit-plus", max_prompt_tokens=256)
+    tokenizer, pictures = read_tokenizer(demo.folder() / "tokenizer"), read_picture_processor(demo.folder() / "processor")
+    return TextEncoder(network, tokenizer, pictures, template="edit-plus", max_prompt_tokens=256)
 
 
 def encoders(size: Size, device: torch.device) -> Iterator[tuple[Way, TextEncoder]]:

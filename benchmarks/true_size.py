@@ -20,6 +20,7 @@ import transformers
 from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from torch import Tensor, nn
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from benchmarks.reference import SCHEDULERS, make_processor
 from millicent import demo
@@ -29,7 +30,8 @@ from millicent.engine.sampler import BaseSchedule
 from millicent.facts.models import ModelCard, find_card
 from millicent.model.config import MMDiTConfig, VAEConfig
 from millicent.model.mmdit import MMDiT
-from millicent.model.text_encoder import TextEncoder, build_network, read_image_processor, read_tokenizer
+from millicent.model.picture_processor import PictureProcessor
+from millicent.model.text_encoder import TextEncoder, build_plain_network, read_tokenizer
 from millicent.model.vae import VAE, convert_state
 
 
@@ -185,7 +187,7 @@ def make_pipeline(size: Size, device: torch.device, dtype: torch.dtype = torch.b
         vae=make_vae(size, device, dtype),
         text_encoder=make_text_encoder(size, device, dtype),
         tokenizer=tokenizer,
-        processor=make_processor(tokenizer, read_image_processor(demo.folder() / "processor")),
+        processor=make_processor(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(demo.folder() / "processor")),
         transformer=make_transformer(size, device, dtype),
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -217,12 +219,12 @@ def to_millicent(pipeline: diffusers.QwenImageEditPlusPipeline, card: ModelCard)
         flat_vae = VAE(VAEConfig.from_dict(dict(vae.config)))
     mmdit.load_state_dict(transformer.state_dict(), assign=True)
     flat_vae.load_state_dict(convert_state(vae.state_dict()), assign=True)
-    encoder = build_network(pipeline.text_encoder.model.config.to_dict())
+    encoder = build_plain_network(pipeline.text_encoder.model.config.to_dict())
     encoder.load_state_dict(pipeline.text_encoder.model.state_dict(), assign=True)
     text_encoder = TextEncoder(
         encoder.requires_grad_(False).to(transformer.device),
         pipeline.tokenizer,
-        pipeline.processor.image_processor,
+        PictureProcessor.from_dict(pipeline.processor.image_processor.to_dict()),
         template=card.pipeline,
         max_prompt_tokens=card.max_prompt_tokens,
     )

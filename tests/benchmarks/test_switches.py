@@ -223,7 +223,12 @@ def test_modulation_is_computed_as_often_as_its_row_says(model: Model, job: Job,
     modulation = switch_rows.fast_of(model).modulation
     computed: list[int] = []
     make = modulation._vectors
-    monkeypatch.setattr(modulation, "_vectors", lambda name, timesteps: (computed.append(len(timesteps)), make(name, timesteps))[1])
+
+    def count(name: str, timesteps: torch.Tensor, *upload: Any) -> torch.Tensor:
+        computed.append(len(timesteps))
+        return make(name, timesteps, *upload)
+
+    monkeypatch.setattr(modulation, "_vectors", count)
     [switch] = [switch for switch in switch_rows.shared_switches() if switch.name == "modulation table"]
     linears = 2 * TINY.layers + 1  # of pictures and of text in each block, and the last norm's
 

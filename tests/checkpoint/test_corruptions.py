@@ -20,10 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from millicent.checkpoint.load import load_network
+from millicent.checkpoint.load import check_codes, load_network
 from millicent.checkpoint.recognize import recognize
 from millicent.engine.parts import find_part
 from millicent.errors import CheckpointError, IncompleteModelError, WeightsMismatchError
+from millicent.formats.scaled import ScaledLinear
 from millicent.model.config import MMDiTConfig
 from millicent.model.mmdit import MMDiT
 
@@ -311,6 +312,18 @@ def test_a_code_that_is_no_number_is_refused(name: str, write: Write, tmp_path: 
 
     path = damage(written, tmp_path / "x", change)
     refused(lambda: load(path), LAYER)
+    refused(lambda: load_unread(path), LAYER)
+
+
+def load_unread(path: Path) -> None:
+    """As for a card, which looks codes through by itself: who finds one that is no number has its layer named afterwards."""
+    recognized = recognize(path)
+    component = recognized.components["transformer"]
+    with torch.device("meta"):
+        mmdit = MMDiT(MMDiTConfig.from_dict({**component.config, "zero_cond_t": True}))
+    load_network(mmdit, component, recognized.source, torch.float32, True, checks_codes=False)
+    assert any(isinstance(module, ScaledLinear) for module in mmdit.modules())
+    check_codes(component, recognized.source)
 
 
 @pytest.mark.parametrize("name", [name for name in SAFETENSORS if zoo.LAYOUTS[name].schemes == zoo.WHOLE])

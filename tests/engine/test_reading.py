@@ -1,7 +1,8 @@
 """A reader against the text encoder that it reads with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from millicent.checkpoint.load import fill
 from millicent.engine.capture import Replays
 from millicent.engine.reading import Reader
 from millicent.errors import CheckpointError, InputError, PromptTooLongError
-from millicent.model.text_encoder import TextEncoder, build_network, read_image_processor, read_tokenizer
+from millicent.model.picture_processor import read_picture_processor
+from millicent.model.text_encoder import TextEncoder, build_network, build_plain_network, read_tokenizer
 
 # FP32 with sums in another order, through a handful of layers: some units in the last place of the largest value
 RELATIVE = 1e-5
@@ -28,12 +30,12 @@ LANDSCAPE = draw_picture(56, 84)
 PORTRAIT = draw_picture(112, 56, seed=1)
 
 
-def load_encoder(folder: Path, template: str = "edit-plus") -> TextEncoder:
-    network = build_network(read_json(folder / "text_encoder" / "config.json"))
+def load_encoder(folder: Path, template: str = "edit-plus", build: Callable[..., Any] = build_plain_network) -> TextEncoder:
+    network = build(read_json(folder / "text_encoder" / "config.json"))
     state = load_file(folder / "text_encoder" / "model.safetensors")
     fill(network, {text_encoder_name(key): tensor for key, tensor in state.items() if not key.startswith("lm_head.")}, str(folder))
-    tokenizer, images = read_tokenizer(folder / "tokenizer"), read_image_processor(folder / "processor")
-    return TextEncoder(network.float(), tokenizer, images, template=template, max_prompt_tokens=20)
+    tokenizer, pictures = read_tokenizer(folder / "tokenizer"), read_picture_processor(folder / "processor")
+    return TextEncoder(network.float(), tokenizer, pictures, template=template, max_prompt_tokens=20)
 
 
 @pytest.fixture(scope="module", params=["random", "demo"])
@@ -45,6 +47,16 @@ def assert_as_encoded(found: Tensor, encoder: TextEncoder, prompt: str, images: 
     expected, mask = encoder.encode([prompt], [images])
     assert mask is None
     torch.testing.assert_close(found, expected, rtol=0.0, atol=RELATIVE * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("folder", ["random", "demo"])
+def test_our_modules_are_read_as_transformers_to_the_bit(folder: str, tiny_folder: Path) -> None:
+    path = tiny_folder if folder == "random" else demo.folder()
+    ours, plain = load_encoder(path, build=build_network), load_encoder(path)
+    assert type(ours.network) is not type(plain.network)
+    for images in ([LANDSCAPE], [PORTRAIT, LANDSCAPE]):
+        found, expected = (Reader(encoder, 0).read("make it navy", images) for encoder in (ours, plain))
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("budget_bytes", [0, PLENTY_BYTES])

@@ -188,3 +188,21 @@ def test_memory_does_not_grow_over_edits_of_mixed_sizes() -> None:
         editor.edit(EditRequest(images=(picture,), prompt=f"make it {number}", seed=number, schedule="base", steps=1))
         copied.append(residency.copied_bytes - before)
     assert len(set(copied[1:])) == 1
+
+
+def test_goes_on_once_there_is_memory_for_the_arena_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was taken by another program when weights were to change places."""
+    model = load(make_plan(), 0.6)
+    assert model.residency is not None
+    placement, empty = model.residency.placement, torch.empty
+
+    def refuse(*shape: object, **options: object) -> torch.Tensor:
+        if options.get("dtype") == torch.uint8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*shape, **options)  # type: ignore[call-overload,no-any-return]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", refuse)
+        with pytest.raises(torch.OutOfMemoryError):
+            fitting.carry_out(model, placement)
+    assert draw(model) == wanted("bf16", False)

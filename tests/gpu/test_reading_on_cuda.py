@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import draw_picture, make_text_encoder, make_tokenizer
 from torch import Tensor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 pytest.importorskip("triton")
 
@@ -15,6 +14,7 @@ from millicent.engine.fast_encoder import quantize_encoder
 from millicent.engine.planner import TENSOR_CORES
 from millicent.engine.reading import TOKENS_MULTIPLE, Reader
 from millicent.formats.fp8 import FP8Linear
+from millicent.model.picture_processor import PictureProcessor
 from millicent.model.text_encoder import TextEncoder
 
 pytestmark = pytest.mark.gpu
@@ -37,8 +37,8 @@ def make_encoder(name: str) -> TextEncoder:
         network = network.to(CUDA, torch.bfloat16)
     if name in ("bf16", "fp8"):
         quantize_encoder(network, CUDA, name)
-    processor = Qwen2VLImageProcessorPil(min_pixels=28 * 28)
-    return TextEncoder(network, tokenizer, processor, template="edit-plus", max_prompt_tokens=64)
+    pictures = PictureProcessor(least_area_px=28 * 28)
+    return TextEncoder(network, tokenizer, pictures, template="edit-plus", max_prompt_tokens=64)
 
 
 @pytest.fixture(scope="module", params=FORMATS)

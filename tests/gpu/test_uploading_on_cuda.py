@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from millicent.engine.uploading import BUFFER_BYTES, BUFFERS, uploading
+from millicent.errors import CheckpointError
 
 pytestmark = pytest.mark.gpu
 
@@ -17,7 +18,8 @@ COUNT_BYTES = (2 * BUFFERS + 1) * BUFFER_BYTES + 48
 
 
 def read_mapped(path: Path) -> Tensor:
-    path.write_bytes(torch.randint(0, 256, (COUNT_BYTES,), dtype=torch.uint8).numpy().data)
+    """Even bytes, none of which is FP8's NaN."""
+    path.write_bytes((torch.randint(0, 128, (COUNT_BYTES,), dtype=torch.uint8) * 2).numpy().data)
     with path.open("rb") as file:
         return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
 
@@ -48,3 +50,18 @@ def test_a_failure_on_the_way_leaves_the_card_usable(tmp_path: Path) -> None:
         fail()
     with uploading(CUDA) as upload:
         assert torch.equal(upload(raw, CUDA).cpu(), raw)
+
+
+@pytest.mark.parametrize("nan", [0x7F, 0xFF])
+@pytest.mark.parametrize("place", [0, BUFFER_BYTES + 17, COUNT_BYTES - 1])
+def test_a_code_that_is_no_number_is_refused_at_the_end(tmp_path: Path, nan: int, place: int) -> None:
+    raw = read_mapped(tmp_path / "weights")
+    raw[place] = nan
+
+    def upload_all() -> None:
+        with uploading(CUDA) as upload:
+            for values in (torch.zeros(4096, dtype=torch.uint8), raw):
+                upload(values.view(torch.float8_e4m3fn), CUDA)
+
+    with pytest.raises(CheckpointError, match="no numbers"):
+        upload_all()

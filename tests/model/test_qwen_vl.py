@@ -31,7 +31,7 @@ from millicent.model.qwen_vl import (
     rotary_text,
     run_language,
 )
-from millicent.model.text_encoder import build_network, lay_out_tokens, read_image_processor, read_tokenizer
+from millicent.model.text_encoder import build_network, build_plain_network, lay_out_tokens, read_tokenizer
 
 # FP32 with sums in another order, through a handful of layers: some units in the last place of the largest value
 RELATIVE = 1e-5
@@ -79,10 +79,11 @@ def load_random() -> Tiny:
 
 def load_demo() -> Tiny:
     folder = demo.folder()
-    network = build_network(read_json(folder / "text_encoder" / "config.json"))
+    network = build_plain_network(read_json(folder / "text_encoder" / "config.json"))
     state = load_file(folder / "text_encoder" / "model.safetensors")
     fill(network, {text_encoder_name(key): tensor for key, tensor in state.items() if not key.startswith("lm_head.")}, "demo")
-    return Tiny(network.float(), read_tokenizer(folder / "tokenizer"), read_image_processor(folder / "processor"))
+    images = Qwen2VLImageProcessorPil.from_pretrained(folder / "processor")
+    return Tiny(network.float(), read_tokenizer(folder / "tokenizer"), images)
 
 
 @pytest.fixture(scope="module", params=[load_random, load_demo], ids=["random", "demo"])

@@ -1,5 +1,6 @@
 """The text encoder against transformers' whole model as diffusers calls it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,15 @@ from millicent.checkpoint.architecture import text_encoder_name
 from millicent.checkpoint.folder import read_json
 from millicent.checkpoint.load import fill
 from millicent.errors import CheckpointError, IncompleteModelError, InputError, PromptTooLongError, WeightsMismatchError
+from millicent.model.picture_processor import read_picture_processor
 from millicent.model.prompt import SYSTEM_PREFIX
 from millicent.model.qwen_vl import cut_patches
 from millicent.model.text_encoder import (
     TextEncoder,
+    begin_tokenizer,
     build_network,
+    build_plain_network,
     lay_out_tokens,
-    read_image_processor,
     read_tokenizer,
 )
 
@@ -32,11 +35,11 @@ PORTRAIT = draw_picture(112, 56, seed=1)
 
 
 def load_encoder(folder: Path, state: dict[str, Tensor] | None = None, template: str = "edit-plus") -> TextEncoder:
-    network = build_network(read_json(folder / "text_encoder" / "config.json"))
+    network = build_plain_network(read_json(folder / "text_encoder" / "config.json"))
     state = state or load_file(folder / "text_encoder" / "model.safetensors")
     fill(network, {text_encoder_name(key): tensor for key, tensor in state.items() if not key.startswith("lm_head.")}, str(folder))
-    tokenizer, images = read_tokenizer(folder / "tokenizer"), read_image_processor(folder / "processor")
-    return TextEncoder(network, tokenizer, images, template=template, max_prompt_tokens=20)
+    tokenizer, pictures = read_tokenizer(folder / "tokenizer"), read_picture_processor(folder / "processor")
+    return TextEncoder(network, tokenizer, pictures, template=template, max_prompt_tokens=20)
 
 
 @pytest.fixture(scope="module")
@@ -176,23 +179,19 @@ def test_a_text_encoder_without_eyes_is_refused(tiny_folder: Path) -> None:
         load_encoder(tiny_folder, {key: tensor for key, tensor in state.items() if "visual" not in key})
 
 
-def test_another_architecture_is_refused() -> None:
+@pytest.mark.parametrize("build", [build_network, build_plain_network])
+def test_another_architecture_is_refused(build: Callable[..., object]) -> None:
     with pytest.raises(CheckpointError, match="qwen3_vl"):
-        build_network({"model_type": "qwen3_vl"})
+        build({"model_type": "qwen3_vl"})
 
 
-@pytest.mark.parametrize("part", ["tokenizer", "processor"])
-def test_an_empty_folder_is_no_tokenizer_and_no_processor(tmp_path: Path, part: str) -> None:
-    read = {"tokenizer": read_tokenizer, "processor": read_image_processor}[part]
-    with pytest.raises(IncompleteModelError, match=r"vocab\.json|preprocessor_config\.json"):
-        read(tmp_path)
+def test_an_empty_folder_is_no_tokenizer(tmp_path: Path) -> None:
+    for read in (read_tokenizer, lambda folder: begin_tokenizer(folder)()):
+        with pytest.raises(IncompleteModelError, match=r"vocab\.json"):
+            read(tmp_path)
 
 
-def test_pictures_of_the_published_processor_config_are_read(tmp_path: Path) -> None:
-    # as the hub's folders have it: older names, and a class that this machine may not have
-    (tmp_path / "preprocessor_config.json").write_text(
-        '{"image_processor_type": "Qwen2VLImageProcessorFast", "min_pixels": 3136, "max_pixels": 12845056,'
-        ' "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "processor_class": "Qwen2_5_VLProcessor"}'
-    )
-    processed = read_image_processor(tmp_path)(images=[draw_picture(384, 384)], return_tensors="pt")
-    assert processed["image_grid_thw"].tolist() == [[1, 28, 28]]
+def test_a_tokenizer_is_read_in_the_background(tiny_folder: Path) -> None:
+    wait = begin_tokenizer(tiny_folder / "tokenizer")
+    assert wait()(SYSTEM_PREFIX)["input_ids"] == read_tokenizer(tiny_folder / "tokenizer")(SYSTEM_PREFIX)["input_ids"]
+    assert wait() is wait()

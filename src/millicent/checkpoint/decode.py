@@ -65,10 +65,11 @@ def decode_stored(layer: str, stored: StoredMatrix, parts: Parts) -> dict[str, T
     return dict(zip(stored.parameters, (*weight.chunk(count), *bias.chunk(count)), strict=True))
 
 
-def read_codes(layer: str, stored: StoredMatrix, parts: Parts) -> tuple[Tensor, Tensor] | None:
+def read_codes(layer: str, stored: StoredMatrix, parts: Parts, *, checks: bool = True) -> tuple[Tensor, Tensor] | None:
     """Codes (N, K) as they are stored, FP8 e4m3 or INT8, and FP32 scales (N, 1) or (1, 1): code * scale is the weight, exactly.
 
-    None where the matrix is stored in no such way: e5m2, rotated, with a zero point, in blocks, in 4 bits.
+    None where the matrix is stored in no such way: e5m2, rotated, with a zero point, in blocks, in 4 bits. checks: False leaves
+    it to the caller to see that every code is a number.
     Raises CheckpointError as decode_stored does.
     """
     if stored.scheme.name not in KEEPABLE or stored.note.get("convrot"):
@@ -78,7 +79,7 @@ def read_codes(layer: str, stored: StoredMatrix, parts: Parts) -> tuple[Tensor, 
     has_zero_point = "_weight_zero_point" in parts and bool(parts["_weight_zero_point"].any())
     if codes.dtype not in _KEPT_DTYPES or has_zero_point or not (is_row or is_value):
         return None
-    _check_parts(layer, parts)
+    _check_parts(layer, parts if checks else {suffix: part for suffix, part in parts.items() if part is not codes})
     scales = scale.float().reshape(-1, 1)
     if "scale_weight_tensor" in parts:
         scales = scales * parts["scale_weight_tensor"].float().reshape(())

@@ -131,10 +131,19 @@ def _check_finite(key: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def load_network(module: nn.Module, component: Component, source: JoinedSource, dtype: torch.dtype, keep_codes: bool) -> int:
+def load_network(
+    module: nn.Module,
+    component: Component,
+    source: JoinedSource,
+    dtype: torch.dtype,
+    keep_codes: bool,
+    *,
+    checks_codes: bool = True,
+) -> int:
     """Fill a module that was built on the meta device; returns how many of its linears hold 8-bit codes.
 
     dtype: what all that is not kept as codes becomes. keep_codes: keep codes and scales where the file holds such as are ours.
+    checks_codes: False reads nothing of codes that are kept; whoever reads them has to see that each is a number.
     Raises CheckpointError for a value that cannot be, WeightsMismatchError where the module has other parameters.
     """
     if component.layout is None or not keep_codes:
@@ -146,7 +155,7 @@ def load_network(module: nn.Module, component: Component, source: JoinedSource, 
     linears = {name for name, submodule in module.named_modules() if isinstance(submodule, nn.Linear)}
     kept = 0
     for layer, stored in component.layout.matrices.items():
-        codes = read_codes(layer, stored, files.parts(stored)) if layer in linears else None
+        codes = read_codes(layer, stored, files.parts(stored), checks=checks_codes) if layer in linears else None
         if codes is None:
             state |= {key: tensor.to(dtype) for key, tensor in read_matrix(layer, stored, files).items()}
             continue
@@ -156,6 +165,13 @@ def load_network(module: nn.Module, component: Component, source: JoinedSource, 
         kept += 1
     fill(module, dict(_join_pieces(state.items(), component.layout.joined)), source.name)
     return kept
+
+
+def check_codes(component: Component, source: JoinedSource) -> None:
+    """Read all codes that load_network keeps unread where it is told to. Raises CheckpointError, which names the layer."""
+    files = MappedFiles(source)
+    for layer, stored in component.layout.matrices.items() if component.layout is not None else ():
+        read_codes(layer, stored, files.parts(stored))
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:

@@ -89,8 +89,22 @@ class Editor:
         too little memory, InputNotFoundError for a file that is not there.
         """
         name, folder, card = find_model(model)
+        stand_ins: dict[Network, str | Path | None] = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         try:
             from millicent.engine import loading
+
+            place = loading.choose_device(device)
+            loaded = loading.load_model(
+                folder,
+                card,
+                place,
+                loading.choose_dtype(dtype, place),
+                [(Path(lora), strength) for lora, strength in loras],
+                {network: Path(file) for network, file in stand_ins.items() if file is not None},
+                distilled_steps,
+                settings,
+                kernels,
+            )
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("millicent"):
                 raise
@@ -98,19 +112,6 @@ class Editor:
                 f"The package {error.name} is not installed, and drawing needs it.",
                 'Run: pip install "millicent[engine]"',
             ) from error
-        place = loading.choose_device(device)
-        stand_ins: dict[Network, str | Path | None] = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-        loaded = loading.load_model(
-            folder,
-            card,
-            place,
-            loading.choose_dtype(dtype, place),
-            [(Path(lora), strength) for lora, strength in loras],
-            {network: Path(file) for network, file in stand_ins.items() if file is not None},
-            distilled_steps,
-            settings,
-            kernels,
-        )
         return cls(name, loaded)
 
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> EditResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,7 +89,7 @@ def carry_out(model: Model, placement: Placement) -> None:
         model.residency.settle(placement)
     else:
         model.residency.placement = placement
-    record_passes(model, placement.records_graphs)
+    record_passes(model, placement.recorded)
     set_wave(model)
 
 
@@ -109,11 +110,11 @@ def set_wave(model: Model) -> None:
     )
 
 
-def record_passes(model: Model, records: bool) -> None:
-    """Whether shapes that come again are recorded as graphs, whose memory nobody else may use."""
+def record_passes(model: Model, recorded: Sequence[str]) -> None:
+    """The phases (engine/placement.py) of which shapes that come again are recorded as graphs."""
     assert model.fast is not None
     assert model.reader is not None
-    model.fast.network.record(records)
-    model.reader.record(records)
+    model.fast.network.record("denoise" in recorded)
+    model.reader.record("text" in recorded)
     if isinstance(model.vae, CapturedVAE):
-        model.vae.record(records)
+        model.vae.record("VAE decode" in recorded)

@@ -173,7 +173,7 @@ class Stack:
 
     def leave_arena(self) -> None:
         """Let go of the arena: the modules read from the host until the stack is settled again."""
-        self._slots, self._cut, self.stays = (), {}, False
+        self._slots, self._cut, self.stays, self.is_here = (), {}, False, False
         for layer in self.layers:
             layer.bind(layer.cut(layer.host))
 
@@ -214,6 +214,8 @@ class Stack:
             return
         if not self.is_here:
             self._bring()
+            if self.stays:
+                return
         layer = self.layers[number]
         if layer.begin is None:
             if not self._ring or self._ring[0][0] != number:  # a pass was broken off, or begins in the middle

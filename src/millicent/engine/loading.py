@@ -10,14 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from millicent import __version__
 from millicent.checkpoint.fingerprint import begin_weights_sha256
 from millicent.checkpoint.folder import open_folder, read_json
-from millicent.checkpoint.load import MappedFiles, fill, load_network, read_parameters
+from millicent.checkpoint.load import MappedFiles, check_codes, fill, load_network, read_parameters
 from millicent.checkpoint.lora import fuse_loras
 from millicent.checkpoint.recognize import Network
 from millicent.engine import planner
@@ -27,7 +28,7 @@ from millicent.engine.fitting import choose_placement, limit_memory, set_wave, s
 from millicent.engine.laying_out import FastDrawing, lay_out, lay_out_encoder, open_slabs
 from millicent.engine.modulation import attach_stored
 from millicent.engine.parts import NETWORKS, FoundPart, check_memory, find_part, fused_steps, tell_expanded, with_distillation
-from millicent.engine.placement import Placement
+from millicent.engine.placement import RECORDED, Placement
 from millicent.engine.planner import Plan
 from millicent.engine.reading import Reader
 from millicent.engine.residency import Residency
@@ -41,6 +42,7 @@ from millicent.kernels.compiled import keep_compiled
 from millicent.model import text_encoder, vae
 from millicent.model.config import MMDiTConfig, VAEConfig
 from millicent.model.mmdit import MMDiT
+from millicent.model.picture_processor import read_picture_processor
 from millicent.model.text_encoder import TextEncoder
 from millicent.model.vae import VAE
 
@@ -134,6 +136,8 @@ def load_model(
             f"{path} is a folder for {folder.pipeline}; the card {card.name} is for {card.pipeline}.",
             "Correct the card.",
         )
+    # importing its reader and reading it take a second or more, and fit beside the weights
+    wait_for_tokenizer = text_encoder.begin_tokenizer(path / "tokenizer")
     seconds: dict[str, float] = {}
     with _timed(seconds, "headers"):
         parts = {network: find_part(network, path / network, files.get(network), path) for network in NETWORKS}
@@ -154,15 +158,25 @@ def load_model(
     else:  # before anything is read
         shared_as = _name_layers(parts, [*((lora, 1.0) for lora in own), *loras], plan, dtype)
         placement = choose_placement(read_sizes(path), card, plan, device, limit_bytes, shared_as)
+    checks_codes = plan is None or device.type != "cuda"  # a card looks them through as they come to it
     with _timed(seconds, "transformer"):
-        mmdit = _load_mmdit(path / "transformer", transformer, dtype, keep_codes)
+        mmdit = _load_mmdit(path / "transformer", transformer, dtype, keep_codes, checks_codes=checks_codes)
         if own or loras:
             fuse_loras(mmdit, [*((lora, 1.0) for lora in own), *loras])
         mmdit = mmdit if plan is not None else mmdit.to(device)
     with _timed(seconds, "VAE"):
         flat_vae = _load_vae(path / "vae", parts["vae"], dtype).to(device)
     with _timed(seconds, "text encoder"):
-        encoder = _load_text_encoder(path, parts["text_encoder"], card, device if plan is None else HOST, dtype)
+        encoder = _load_text_encoder(
+            path,
+            parts["text_encoder"],
+            card,
+            device if plan is None else HOST,
+            dtype,
+            is_plain=plan is None,
+            checks_codes=checks_codes,
+            wait_for_tokenizer=wait_for_tokenizer,
+        )
     model = Model(
         card=card,
         mmdit=mmdit,
@@ -179,7 +193,14 @@ def load_model(
         ),
         loading_s=seconds,
     )
-    return model if plan is None else speed_up_model(model, plan, placement, shared_as, limit_bytes)
+    if plan is None:
+        return model
+    try:
+        return speed_up_model(model, plan, placement, shared_as, limit_bytes)
+    except CheckpointError:  # the card has found a code that is no number; this says in which layer
+        for network in ("transformer", "text_encoder"):
+            check_codes(parts[network].component, parts[network].source)
+        raise
 
 
 def _name_layers(parts: Mapping[Network, FoundPart], loras: Sequence[tuple[Path, float]], plan: Plan, dtype: torch.dtype) -> str:
@@ -234,14 +255,14 @@ def speed_up_model(
         if residency is not None:
             residency.close()
         raise
-    records = placement is None or placement.records_graphs
-    fast.network.record(records)
-    reader = Reader(model.text_encoder, CACHE_BYTES, uses_graphs=records)
+    recorded = RECORDED[0] if placement is None else placement.recorded
+    fast.network.record("denoise" in recorded)
+    reader = Reader(model.text_encoder, CACHE_BYTES, uses_graphs="text" in recorded)
     latents = ByteBudgetCache[str, Tensor](LATENTS_BYTES)
     vae: VAE | CapturedVAE = model.vae
     if on_card:
         speed_up(model.vae)
-        vae = CapturedVAE(model.vae, graphs=records)
+        vae = CapturedVAE(model.vae, graphs="VAE decode" in recorded)
     opened = dataclasses.replace(model, fast=fast, reader=reader, latents=latents, vae=vae, residency=residency)
     set_wave(opened)
     return opened
@@ -268,14 +289,14 @@ def _find_lora(path: Path, name: str) -> Path:
     return path / name
 
 
-def _load_mmdit(part: Path, found: FoundPart, dtype: torch.dtype, keep_codes: bool) -> MMDiT:
+def _load_mmdit(part: Path, found: FoundPart, dtype: torch.dtype, keep_codes: bool, *, checks_codes: bool) -> MMDiT:
     config = MMDiTConfig.from_dict(read_json(part / "config.json"))
     with torch.device("meta"):
         mmdit = MMDiT(config)
     if found.component.table and "norm_out.linear.weight" not in found.component.tensors:
         files = MappedFiles(found.source)
         attach_stored(mmdit, {key: files.tensor(info) for key, info in found.component.table.items()}, dtype)
-    load_network(mmdit, found.component, found.source, dtype, keep_codes)
+    load_network(mmdit, found.component, found.source, dtype, keep_codes, checks_codes=checks_codes)
     return mmdit.eval()
 
 
@@ -288,16 +309,27 @@ def _load_vae(part: Path, found: FoundPart, dtype: torch.dtype) -> VAE:
     return network.eval()
 
 
-def _load_text_encoder(path: Path, found: FoundPart, card: ModelCard, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    part = path / "text_encoder"
-    tokenizer = text_encoder.read_tokenizer(path / "tokenizer")
-    image_processor = text_encoder.read_image_processor(path / "processor")
-    network: nn.Module = text_encoder.build_network(read_json(part / "config.json"))
-    load_network(network, found.component, found.source, dtype, keep_codes=True)
+def _load_text_encoder(
+    path: Path,
+    found: FoundPart,
+    card: ModelCard,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    is_plain: bool,
+    checks_codes: bool,
+    wait_for_tokenizer: Callable[[], Any],
+) -> TextEncoder:
+    """is_plain: transformers runs the network, and is imported whole; else model.qwen_vl does."""
+    # first, so that no two threads import transformers
+    tokenizer = wait_for_tokenizer()
+    build = text_encoder.build_plain_network if is_plain else text_encoder.build_network
+    network = build(read_json(path / "text_encoder" / "config.json"))
+    load_network(network, found.component, found.source, dtype, keep_codes=True, checks_codes=checks_codes)
     return TextEncoder(
         network.to(device),
         tokenizer,
-        image_processor,
+        read_picture_processor(path / "processor"),
         template=card.pipeline,
         max_prompt_tokens=card.max_prompt_tokens,
     )

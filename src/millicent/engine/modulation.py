@@ -19,6 +19,7 @@ from millicent.checkpoint.converted import TABLE_PREFIX, table_of
 from millicent.checkpoint.write import DTYPE_NAMES, Entry
 from millicent.engine.blocks import Mods
 from millicent.engine.sampler import lightning_sigmas, round_timestep
+from millicent.engine.uploading import Upload, move, uploading
 from millicent.errors import ScheduleError
 from millicent.model.config import MMDiTConfig
 from millicent.model.layers import FinalNorm
@@ -104,7 +105,8 @@ class ModulationSource:
         timesteps = rounded_timesteps(sigmas, self._dtype)
         wanted = (*timesteps.tolist(),) if self._rows is None else self._rows.timesteps
         if wanted not in self._made:
-            table = ModulationTable(wanted, {name: self._vectors(name, timesteps) for name in self._modules})
+            with uploading(self._device) as upload:
+                table = ModulationTable(wanted, {name: self._vectors(name, timesteps, upload) for name in self._modules})
             self._made[wanted] = Mods.lay_out(table, self._config.num_layers)
         self._made.move_to_end(wanted)
         while len(self._made) > self._KEPT_SCHEDULES:
@@ -114,7 +116,7 @@ class ModulationSource:
         one = torch.empty(1, dtype=self._dtype)
         return made, [rows.find(float(round_timestep(torch.tensor(sigma), one))) for sigma in sigmas[:-1]]
 
-    def _vectors(self, name: str, timesteps: Tensor) -> Tensor:
+    def _vectors(self, name: str, timesteps: Tensor, upload: Upload = move) -> Tensor:
         module = self._modules[name]
         if isinstance(module, TabulatedFinalNorm):
             module = module.table
@@ -122,7 +124,7 @@ class ModulationSource:
             return module.vectors.to(self._device)
         linear = module.linear if isinstance(module, FinalNorm) else module[1]  # type: ignore[index]
         assert isinstance(linear, nn.Module)
-        state = {key: tensor.to(self._device, non_blocking=True) for key, tensor in linear.state_dict().items()}
+        state = {key: upload(tensor, self._device) for key, tensor in linear.state_dict().items()}
         made = []
         for timestep in timesteps.to(self._device).split(1):
             img_vec, txt_vec = self._embed(timestep, self._dtype)

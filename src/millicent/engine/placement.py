@@ -3,7 +3,7 @@
 Pure: bytes in, a placement out. The first of these that fits is taken, so that more memory never streams more:
 
 1. everything stays on the card but the table of embeddings, of which an edit reads a few rows: it stays on the host;
-2. no passes are recorded as graphs, whose memory no one else may use;
+2. fewer passes are recorded as graphs, whose memory no one else may use, or none;
 3. text encoder and transformer share one arena of the card's memory and lie there in turn: what of them overlaps is exchanged,
    and a wave of pictures shares one exchange;
 4. of the transformer only so many blocks stay as there is room for; the others come through a ring of two, in every step;
@@ -25,13 +25,16 @@ from millicent.model.sizes import ALIGNMENT_BYTES, BF16_BYTES, ModelSizes, Workl
 
 Where = Literal["card", "card in turn", "streamed", "host"]
 
-# CUDA's own, with its kernels, and what is lost between the allocator's pieces: of a 24 GB card 22.5 GiB are usable; not measured
-CONTEXT_BYTES = 600 << 20
-SLACK_BYTES = 256 << 20
+# CUDA's own, with its kernels: 0.76 to 0.79 GiB on an H200 (benchmarks.memory)
+CONTEXT_BYTES = 800 << 20
+SLACK_BYTES = 256 << 20  # lost between the allocator's pieces
 CACHE_BYTES = (512 + 64) << 20  # of what was read and encoded (engine/loading.py)
 # Python, torch and CUDA's libraries, and a weight file's buffers while it loads; an estimate
 HOST_BASE_BYTES = 4 << 30
 RING_SLOTS = 2
+# of the phases, which are recorded as graphs: as many as fit. What a host launches at once saves most where launches are many and
+# small, as in the text encoder, and next where they are many
+RECORDED: tuple[tuple[str, ...], ...] = (("text", "VAE encode", "denoise", "VAE decode"), ("text", "denoise"), ("text",), ())
 _GIB = 1 << 30
 
 
@@ -56,7 +59,11 @@ class Phases:
     @property
     def recorded(self) -> int:
         """Of all of them, as each graph keeps the memory of its own."""
-        return self.text + self.vae_encode + self.denoise + self.vae_decode
+        return sum(size for _, size in self.named)
+
+    @property
+    def named(self) -> tuple[tuple[str, int], ...]:
+        return ("text", self.text), ("VAE encode", self.vae_encode), ("denoise", self.denoise), ("VAE decode", self.vae_decode)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +140,8 @@ class PlacedPart:
 class Placement:
     """Where everything is.
 
-    in_turn: text encoder and transformer lie on the card in turn, and share arena_bytes of it. records_graphs: passes are recorded.
+    in_turn: text encoder and transformer lie on the card in turn, and share arena_bytes of it. recorded: the phases whose passes are
+    recorded as graphs.
     resident_blocks: of the transformer, resident_encoder_layers: of the text encoder; the others are streamed.
     exchanged_bytes: over the link, once a wave, both ways together; streamed_step_bytes: in each forward of the transformer;
     streamed_text_bytes: in one pass of the whole text encoder, of which streamed_language_bytes are the language model's.
@@ -142,7 +150,7 @@ class Placement:
 
     parts: tuple[PlacedPart, ...]
     in_turn: bool
-    records_graphs: bool
+    recorded: tuple[str, ...]
     arena_bytes: int
     resident_blocks: int
     resident_encoder_layers: int
@@ -154,6 +162,11 @@ class Placement:
     peaks: tuple[tuple[str, int], ...]
     free_bytes: int
     because: str
+
+    @property
+    def records_graphs(self) -> bool:
+        """Of every phase."""
+        return self.recorded == RECORDED[0]
 
     @property
     def peak_bytes(self) -> int:
@@ -285,8 +298,8 @@ def place_on_card(parts: Components, free_bytes: int) -> Placement:
 
 def _place_all(parts: Components, free_bytes: int) -> Placement | None:
     """All weights on the card, perhaps without graphs; None where that does not fit."""
-    for records in (True, False):
-        peaks = _peaks_of_all(parts, records)
+    for recorded in RECORDED:
+        peaks = _peaks(parts, parts.transformer + parts.text_encoder, recorded)
         if max(size for _, size in peaks) <= free_bytes:
             told = f"all weights stay on the card: {peaks_told(peaks)} of {free_bytes / _GIB:.1f} GiB free"
             return Placement(
@@ -294,10 +307,10 @@ def _place_all(parts: Components, free_bytes: int) -> Placement | None:
                     _on_card("transformer", parts.transformer, "it fits"),
                     _on_card("text encoder", parts.text_encoder, "it fits beside the transformer"),
                     _embedding(parts),
-                    *_small(parts, records),
+                    *_small(parts, recorded),
                 ),
                 in_turn=False,
-                records_graphs=records,
+                recorded=recorded,
                 arena_bytes=0,
                 resident_blocks=len(parts.blocks),
                 resident_encoder_layers=len(parts.encoder_sizes),
@@ -308,23 +321,23 @@ def _place_all(parts: Components, free_bytes: int) -> Placement | None:
                 pinned_bytes=0,
                 peaks=peaks,
                 free_bytes=free_bytes,
-                because=told if records else f"{told}; graphs are not recorded, as their memory would not fit",
+                because=f"{told}{_tell_recorded(recorded)}",
             )
     return None
 
 
-def _peaks_of_all(parts: Components, records: bool) -> tuple[tuple[str, int], ...]:
-    # a graph keeps its memory when others run; before one is recorded, what is cached is given back
-    if records:
-        return tuple((name, parts.whole) for name, _ in _peaks(parts, 0))
-    return _peaks(parts, parts.transformer + parts.text_encoder)
+def _tell_recorded(recorded: tuple[str, ...]) -> str:
+    if recorded == RECORDED[0]:
+        return ""
+    what = f"of {' and '.join(recorded)} alone" if recorded else "of nothing"
+    return f"; graphs are recorded {what}, as the others' memory would not fit"
 
 
-def _peaks(parts: Components, layers_bytes: int) -> tuple[tuple[str, int], ...]:
-    """Of each phase, with so many bytes of layers on the card."""
-    phases, others = parts.phases, parts.steady + parts.kept + layers_bytes
-    sizes_of = {"text": phases.text, "VAE encode": phases.vae_encode, "denoise": phases.denoise, "VAE decode": phases.vae_decode}
-    return tuple((name, others + size) for name, size in sizes_of.items())
+def _peaks(parts: Components, layers_bytes: int, recorded: tuple[str, ...] = ()) -> tuple[tuple[str, int], ...]:
+    """Of each phase, with so many bytes of layers on the card. What is recorded keeps its memory when others run."""
+    kept = sum(size for name, size in parts.phases.named if name in recorded)
+    others = parts.steady + parts.kept + layers_bytes + kept
+    return tuple((name, others + (0 if name in recorded else size)) for name, size in parts.phases.named)
 
 
 def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
@@ -347,10 +360,10 @@ def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
             _in_turn("transformer", blocks, resident, drawing, f"{streamed_step / _GIB:.1f} GiB cross the link in every step"),
             _in_turn("text encoder", layers, resident_layers, reading, f"{streamed_text / _GIB:.1f} GiB cross the link in a pass"),
             _embedding(parts),
-            *_small(parts, records=False),
+            *_small(parts, ()),
         ),
         in_turn=True,
-        records_graphs=False,
+        recorded=(),
         arena_bytes=arena_bytes,
         resident_blocks=resident,
         resident_encoder_layers=resident_layers,
@@ -482,16 +495,19 @@ def _embedding(parts: Components) -> PlacedPart:
     )
 
 
-def _small(parts: Components, records: bool) -> tuple[PlacedPart, ...]:
-    phases = parts.phases
+def _small(parts: Components, recorded: tuple[str, ...]) -> tuple[PlacedPart, ...]:
+    kept = sum(size for name, size in parts.phases.named if name in recorded)
+    # where all is recorded the fullest phase's memory is a recording's too
+    alive = max((size for name, size in parts.phases.named if name not in recorded), default=parts.phases.largest)
+    recordings = kept - (alive if recorded == RECORDED[0] else 0)
     named = [
         ("transformer's edges", parts.edges, "what stands before and after the blocks"),
         ("text encoder's edges", parts.encoder_edges, "what stands before and after its layers"),
         ("modulation table", parts.table, "in place of a third of the transformer's weights"),
         ("VAE", parts.vae, "small"),
         ("kept keys and values", parts.kept, "of the references, which later steps do not compute again"),
-        ("activations", phases.largest, "of the fullest phase"),
-        ("recorded graphs", phases.recorded - phases.largest if records else 0, "of the other phases"),
+        ("activations", alive, "of the fullest phase"),
+        ("recorded graphs", recordings, "of other phases"),
         ("caches", parts.caches, "of pictures and prompts that come again"),
         ("CUDA and slack", CONTEXT_BYTES + SLACK_BYTES, "of its kernels, and between the allocator's pieces"),
     ]

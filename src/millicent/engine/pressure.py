@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
 from millicent.engine.failures import is_out_of_memory
 from millicent.engine.fitting import carry_out, free_bytes, sizes_of, usual_work, weigh_model
 from millicent.engine.loading import Model
@@ -32,13 +34,23 @@ def once_more_with_less(model: Model, error: MillicentError, work: Callable[[], 
         raise error
     before = residency.placement
     _LOG.warning("%s Now %s; the edit is drawn again.", error.message, lower.because)
-    carry_out(model, lower)
+    try:
+        carry_out(model, lower)
+    except torch.OutOfMemoryError as taken:  # by another program, meanwhile
+        raise error from taken
     try:
         return work()
     except MillicentError as again:
         if is_out_of_memory(again):
-            carry_out(model, before)
+            _go_back(model, before, lower)
         raise
+
+
+def _go_back(model: Model, before: Placement, lower: Placement) -> None:
+    try:
+        carry_out(model, before)
+    except torch.OutOfMemoryError:  # what was given back has been taken by another program
+        carry_out(model, lower)
 
 
 def _lower(model: Model, residency: Residency) -> Placement | None:

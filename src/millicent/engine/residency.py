@@ -85,6 +85,7 @@ class Residency:
         stack.layers.append(layer)
         self._host_taken = end
 
+    @torch.inference_mode(False)  # its tensors outlive the edit in which they may be made
     def settle(self, placement: Placement) -> None:
         """Give every layer its place on the card, as a placement has it.
 
@@ -102,8 +103,7 @@ class Residency:
             torch.cuda.empty_cache()  # or the allocator would keep the old arena beside the new one
         stays = not placement.in_turn
         arena_bytes = sum(stack.size_bytes for stack in self._stacks) if stays else placement.arena_bytes
-        with torch.inference_mode(False):  # it outlives the edit in which it may be made
-            self._arena = torch.empty(arena_bytes, dtype=torch.uint8, device=self._device)
+        self._arena = torch.empty(arena_bytes, dtype=torch.uint8, device=self._device)
         blocks, layers = ([layer.size_bytes for layer in stack.layers] for stack in self._stacks)
         places = lay_out_arena(blocks, layers, placement.resident_blocks, placement.resident_encoder_layers, arena_bytes)
         for stack, place in zip(self._stacks, places, strict=True):
@@ -124,6 +124,8 @@ class Residency:
             torch.cuda.synchronize(self._device)
 
     def _bring(self, wanted: Stack) -> None:
+        if self._arena is None:  # there was no memory for it when it was settled
+            self.settle(self.placement)
         assert self._arena is not None
         for stack in self._stacks:
             if stack is not wanted:

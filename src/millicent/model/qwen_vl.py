@@ -1,6 +1,6 @@
-"""Qwen2.5-VL's forward pass over transformers' own modules, in few launches and without a host synchronization.
+"""Qwen2.5-VL's forward pass in few launches and without a host synchronization, over our modules or transformers' own.
 
-transformers builds and holds the network (model.text_encoder); what it does around the matrix products for every kind of
+model.qwen_vl_layers has the modules, and transformers has the same; what it does around the matrix products for every kind of
 batch is left out here: one picture grid's indices are planned once on the host, equal windows attend as one batch, and keys
 and values come back so that a prompt can go on where another one's pictures ended. Linear layers are reached by attribute
 and called, so they may be replaced by any module with the same forward(x), and those that read the same rows by one: an

@@ -1,6 +1,10 @@
 """Qwen2.5-VL as the text encoder: it reads the prompt together with the pictures, and its last hidden state is what
-the transformer is told. The network, the tokenizer and the picture preprocessing are transformers'; the template, the
-token layout and the positions are ours, so that they cannot change with its version.
+the transformer is told. The template, the token layout and the positions are ours, so that they cannot change with the version
+of transformers, which has the tokenizer and reads the network's config.
+
+The network comes in two kinds with the same parameters: transformers' own, which TextEncoder.encode runs, and ours, without
+a forward pass, for model/qwen_vl.py. What of transformers runs networks is imported with the former alone: it takes two seconds,
+or six where files come slowly. The rest is imported where it is used, so that it can be beside the reading of weights.
 
 Without positions of its own a call to transformers 5 falls back on plain text positions, in silence, for picture tokens
 too (huggingface/diffusers issue 14194); the model was trained with rows and columns.
@@ -9,27 +13,38 @@ too (huggingface/diffusers issue 14194); the model was trained with rows and col
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import importlib
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2Tokenizer
-
-# by its own module: the name in the package's root asks for torchvision
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from millicent.errors import CheckpointError, IncompleteModelError, PromptTooLongError
+from millicent.model.picture_processor import PictureProcessor
 from millicent.model.prompt import IMAGE_PAD, SYSTEM_PREFIX, edit_plus_prompt, edit_prompt
+from millicent.model.qwen_vl_layers import QwenVL
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLConfig, Qwen2Tokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+# told before anything is read, though it is needed later
+if importlib.util.find_spec("transformers") is None:
+    raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
 
 
 class TextEncoder:
     """Prompts with their pictures in, hidden states out.
 
+    network: of build_network, or of build_plain_network for `encode`. pictures: how they are cut into patches.
     template: "edit" (one picture) or "edit-plus" (any number, each with its "Picture n: ").
     max_prompt_tokens: the longest prompt, counted without the template and the pictures.
     """
@@ -38,14 +53,14 @@ class TextEncoder:
         self,
         network: nn.Module,
         tokenizer: Qwen2Tokenizer,
-        image_processor: Qwen2VLImageProcessorPil,
+        pictures: PictureProcessor,
         *,
         template: Literal["edit", "edit-plus"],
         max_prompt_tokens: int,
     ) -> None:
         self.network = network
         self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        self.pictures = pictures
         self.template = template
         self.max_prompt_tokens = max_prompt_tokens
         (self.image_token_id,) = self.tokenize(IMAGE_PAD)
@@ -57,7 +72,7 @@ class TextEncoder:
 
         prompts: B texts. images: the pictures of each, as the model's card sizes them.
         Returns hidden states (B, T, C), shorter rows padded with zeros on the right, and the mask (B, T), true for
-        tokens; None in its place where nothing is padded. Every row is what it would be alone.
+        tokens; None in its place where nothing is padded. Every row is what it would be alone. transformers runs the network.
         Raises PromptTooLongError, and InputError for a control token in a prompt.
         """
         assert len(prompts) == len(images)
@@ -96,24 +111,22 @@ class TextEncoder:
                 )
 
     def size_picture(self, image: Image.Image) -> Image.Image:
-        """In RGB, of the size that the processor gives it: a whole number of tokens a side."""
-        processor = self.image_processor
-        side = processor.patch_size * processor.merge_size
-        bounds = processor.size["shortest_edge"], processor.size["longest_edge"]
-        height, width = smart_resize(image.height, image.width, side, *bounds)
-        return image.convert("RGB").resize((width, height), processor.resample)
+        """In RGB, of the size in which the network sees it: a whole number of tokens a side."""
+        return self.pictures.size_picture(image)
 
     def normalize_levels(self) -> Tensor:
-        """(3, 256) FP32: what the processor makes of each level of each color."""
-        processor = self.image_processor
-        levels = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 0)
-        rescaled = processor.rescale(levels, processor.rescale_factor)
-        return torch.from_numpy(processor.normalize(rescaled, processor.image_mean, processor.image_std))[..., 0]
+        """(3, 256) FP32: what the network is told for each level of each color."""
+        return self.pictures.normalize_levels()
+
+    @functools.cached_property
+    def image_processor(self) -> Qwen2VLImageProcessorPil:
+        """transformers' own, with the same numbers."""
+        return build_image_processor(self.pictures)
 
     def _preprocess(self, images: Sequence[Sequence[Image.Image]]) -> tuple[Any, list[list[tuple[int, int]]]]:
         """The vision tower's patches of all pictures, and the (height, width) of each in tokens, by prompt."""
         processed = self.image_processor(images=[image for row in images for image in row], return_tensors="pt")
-        merge = self.image_processor.merge_size
+        merge = self.pictures.merge
         grids = iter([(height // merge, width // merge) for _, height, width in processed["image_grid_thw"].tolist()])
         return processed, [[next(grids) for _ in row] for row in images]
 
@@ -165,16 +178,35 @@ def lay_out_tokens(ids: Sequence[int], grids: Sequence[tuple[int, int]], image_t
     return laid_out, torch.cat(pieces, 1)
 
 
-def build_network(config: Mapping[str, Any]) -> nn.Module:
-    """Qwen2.5-VL without its LM head from text_encoder/config.json, its parameters on the meta device."""
+def build_network(config: Mapping[str, Any]) -> QwenVL:
+    """Qwen2.5-VL without its LM head from text_encoder/config.json, its parameters on the meta device; model.qwen_vl runs it.
+
+    Raises CheckpointError for another architecture.
+    """
+    read = _read_config(config)
+    with torch.device("meta"):
+        network = QwenVL(read)
+    return network.requires_grad_(False).eval()
+
+
+def build_plain_network(config: Mapping[str, Any]) -> nn.Module:
+    """transformers' own network with the parameters of build_network's, which it runs itself, and model.qwen_vl runs as well."""
+    from transformers import Qwen2_5_VLModel
+
+    with _parameters_on_meta():
+        network: nn.Module = Qwen2_5_VLModel(_read_config(config))
+    return network.train(False)
+
+
+def _read_config(config: Mapping[str, Any]) -> Qwen2_5_VLConfig:
+    from transformers import Qwen2_5_VLConfig
+
     if config.get("model_type") != "qwen2_5_vl":
         raise CheckpointError(
             f"The text encoder is {config.get('model_type')!r}; Qwen-Image-Edit has qwen2_5_vl.",
             "Use a Qwen-Image-Edit, -2509 or -2511 folder.",
         )
-    with _parameters_on_meta():
-        network: nn.Module = Qwen2_5_VLModel(Qwen2_5_VLConfig.from_dict(dict(config)))
-    return network.train(False)
+    return Qwen2_5_VLConfig.from_dict(dict(config))
 
 
 @contextlib.contextmanager
@@ -194,8 +226,27 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def begin_tokenizer(folder: Path) -> Callable[[], Qwen2Tokenizer]:
+    """As read_tokenizer, in the background: returns a function that waits for it and raises what it raises."""
+    tokenizer = Future[Any]()
+
+    def read() -> None:
+        try:
+            # what reads the network's config as well: it is wanted next
+            importlib.import_module("transformers.models.qwen2_5_vl.configuration_qwen2_5_vl")
+            tokenizer.set_result(read_tokenizer(folder))
+        except BaseException as error:  # else whoever waits for it would wait forever
+            tokenizer.set_exception(error)
+
+    # an executor's thread would hold up the end of the process
+    threading.Thread(target=read, name="tokenizer", daemon=True).start()
+    return tokenizer.result
+
+
 def read_tokenizer(folder: Path) -> Qwen2Tokenizer:
     """Read a tokenizer folder. Raises IncompleteModelError where transformers would make an empty tokenizer."""
+    from transformers import Qwen2Tokenizer
+
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             _check_file(folder / name)
@@ -205,11 +256,21 @@ def read_tokenizer(folder: Path) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def read_image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
-    """Read a processor folder; only how pictures are cut into patches is taken from it."""
-    if not (folder / "processor_config.json").is_file():
-        _check_file(folder / "preprocessor_config.json")
-    return Qwen2VLImageProcessorPil.from_pretrained(folder)
+def build_image_processor(pictures: PictureProcessor) -> Qwen2VLImageProcessorPil:
+    """transformers' own image processor, which cuts pictures into patches, with our numbers."""
+    # by its own module: the name in the package's root asks for torchvision
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    return Qwen2VLImageProcessorPil(
+        size={"shortest_edge": pictures.least_area_px, "longest_edge": pictures.most_area_px},
+        patch_size=pictures.patch_px,
+        merge_size=pictures.merge,
+        temporal_patch_size=pictures.patch_frames,
+        resample=pictures.resample,
+        rescale_factor=pictures.rescale_factor,
+        image_mean=list(pictures.mean),
+        image_std=list(pictures.std),
+    )
 
 
 def _check_file(path: Path) -> None:
