@@ -27,7 +27,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import ROOT, describe_machine
-from benchmarks.true_size import SIZES, Size
 from millicent.edits import EditRequest, EditResult
 from millicent.engine.editor import Editor
 from millicent.engine.placement import CONTEXT_BYTES
@@ -79,7 +78,7 @@ def _seconds(work: Any) -> float:
     return float(begin.elapsed_time(end)) / 1000
 
 
-def run_capped(folder: Path, cap_gib: float | None, size: Size, images: int, link_gb_per_s: float) -> dict[str, Any]:
+def run_capped(folder: Path, cap_gib: float | None, side_px: int, images: int, link_gb_per_s: float) -> dict[str, Any]:
     """One cap, in a process that has done nothing else."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings() if cap_gib is None else Settings(memory_gb=cap_gib * USABLE * GIB / 1e9)
@@ -92,7 +91,7 @@ def run_capped(folder: Path, cap_gib: float | None, size: Size, images: int, lin
         residency.link.delay = delay
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    requests = list(make_requests(images, size.picture_px))
+    requests = list(make_requests(images, side_px))
     for request in requests[:2]:
         editor.edit(request)
     alone = measure_alone(editor, requests[2:6])
@@ -172,7 +171,7 @@ def tell_placement(placement: Any, wave: int) -> dict[str, Any]:
 def run_child(arguments: argparse.Namespace, cap: str) -> dict[str, Any]:
     began = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.memory", "--folder", str(arguments.folder), "--child", cap]
-    command += ["--size", arguments.size, "--images", str(arguments.images), "--link", str(arguments.link)]
+    command += ["--side", str(arguments.side), "--images", str(arguments.images), "--link", str(arguments.link)]
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if ran.returncode:
         return {"failed": f"ended with {ran.returncode}"}
@@ -220,13 +219,13 @@ def main() -> None:
     parser.add_argument("--caps", default="none,24,16,12,8", help="GiB of the cards that are imitated; none for the whole card")
     parser.add_argument("--images", type=int, default=40, help="in waves")
     parser.add_argument("--link", type=float, default=LINK_GB_PER_S, help="GB/s, for all caps")
-    parser.add_argument("--size", choices=SIZES, default="true")
+    parser.add_argument("--side", type=int, default=1024, help="of the pictures, in pixels")
     parser.add_argument("--save", action="store_true", help=f"append a line to {RESULTS.relative_to(ROOT)}")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         cap = None if arguments.child == "none" else float(arguments.child)
-        row = run_capped(arguments.folder, cap, SIZES[arguments.size], arguments.images, arguments.link)
+        row = run_capped(arguments.folder, cap, arguments.side, arguments.images, arguments.link)
         print(json.dumps(row))
         return
     rows = {cap: run_child(arguments, cap) for cap in arguments.caps.split(",")}
@@ -235,7 +234,7 @@ def main() -> None:
     if arguments.save:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         kept = {cap: {key: value for key, value in row.items() if key != "pictures"} for cap, row in rows.items()}
-        line = {"size": arguments.size, "link_gb_per_s": arguments.link, "rows": kept, **describe_machine(device)}
+        line = {"side_px": arguments.side, "link_gb_per_s": arguments.link, "rows": kept, **describe_machine(device)}
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     sys.exit(any(row.get("same_pictures") is False or "failed" in row for row in rows.values()))
