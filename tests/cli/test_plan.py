@@ -85,9 +85,25 @@ def test_a_machine_from_a_file() -> None:
     assert "waves of 10 share an exchange of 0.64 s" in shown
     assert "what is streamed comes while the card computes" in shown
     made = planned("--machine", str(MACHINES / "rtx-4070-ti.json"))
-    assert (made["wave_images"], made["records_graphs"]) == (10, False)
+    assert (made["wave_images"], made["records_graphs"], made["recorded"]) == (10, False, [])
     assert made["phase_peak_bytes"]["denoise"] > made["arena_bytes"] > 0
     assert made["resident_blocks"] < 60
+
+
+def test_what_is_recorded_is_told_and_what_it_keeps() -> None:
+    whole = planned("--gpu", "H100 SXM")
+    assert (whole["records_graphs"], whole["recorded"]) == (True, ["text", "VAE encode", "denoise", "VAE decode"])
+    assert "in all phases, as graphs keep their memory" in run("--gpu", "H100 SXM")
+    machine = str(MACHINES / "l4.json")
+    partly = planned("--machine", machine)
+    assert (partly["records_graphs"], partly["recorded"]) == (False, ["text"])
+    shown = run("--machine", machine)
+    assert "in VAE encode, beside what graphs of text keep" in shown
+    assert "as graphs keep their memory" not in shown
+    assert "graphs are recorded of text alone" in shown
+    none = run("--gpu", "RTX 4090", "--memory", "23.5")
+    assert "graphs are not recorded" in none
+    assert "in VAE encode; " in none
 
 
 def test_less_memory_of_the_card_is_planned_for() -> None:

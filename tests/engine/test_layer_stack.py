@@ -155,3 +155,15 @@ def test_other_weights_are_told_from_one_s_own() -> None:
     pair = Pair(([40] * 7, [1] * 3), (0, 3))
     with pair.stacks[0].at(0):
         assert not pair.toys[0][0].holds(2)
+
+
+def test_held_layers_are_all_here_and_none_is_waited_for() -> None:
+    pair = Pair(([100] * 6, [100] * 3), (6, 3))
+    pair.run(0)
+    with pair.stacks[1].held():
+        copied = pair.link.copied_bytes
+        assert all(toy.holds(51 + number) for number, toy in enumerate(pair.toys[1]))
+        pair.run(1)
+        assert pair.link.copied_bytes == copied
+    pair.run(0)  # what was written over comes again
+    pair.run(1)

@@ -18,6 +18,7 @@ from millicent.engine.machine_plan import block_sizes
 from millicent.engine.placement import (
     CONTEXT_BYTES,
     HOST_BASE_BYTES,
+    RECORDED,
     RING_SLOTS,
     SLACK_BYTES,
     Components,
@@ -141,10 +142,35 @@ def test_the_table_of_embeddings_stays_on_the_host_of_every_card() -> None:
 
 
 def test_graphs_go_before_weights_do() -> None:
-    with_graphs, without = put(25), put(24)
-    assert (with_graphs.records_graphs, without.records_graphs) == (True, False)
-    assert not without.in_turn
-    assert "graphs are not recorded" in without.because
+    rungs = [put(gb) for gb in (26, 25, 24, 23.5)]
+    assert [rung.recorded for rung in rungs] == list(RECORDED)
+    assert [rung.records_graphs for rung in rungs] == [True, False, False, False]
+    assert not any(rung.in_turn for rung in rungs)
+    assert "graphs" not in rungs[0].because
+    assert "graphs are recorded of text and denoise alone" in rungs[1].because
+    assert "graphs are recorded of text alone" in rungs[2].because
+    assert "graphs are not recorded" in rungs[3].because
+    assert put(23).in_turn
+    assert put(23).recorded == ()
+
+
+def test_a_24_gib_card_records_the_text_s_passes_at_least() -> None:
+    # what benchmarks.memory takes for usable of such a card
+    placement = place(components(), 45 << 29, HOST)
+    assert placement.weights == "on the card"
+    assert "text" in placement.recorded
+
+
+def test_what_is_recorded_keeps_its_memory_and_is_told_beside_the_fullest_of_the_others() -> None:
+    parts, placement = components(), put(24)
+    assert placement.recorded == ("text",)
+    of = {part.name: part for part in placement.parts}
+    assert of["recorded graphs"].card_bytes == parts.phases.text
+    assert of["recorded graphs"].because == "of text"
+    assert of["activations"].card_bytes == parts.phases.drawing
+    peaks = dict(placement.peaks)
+    assert peaks["VAE decode"] - peaks["text"] == parts.phases.vae_decode
+    assert peaks["VAE decode"] - peaks["denoise"] == parts.phases.vae_decode - parts.phases.denoise
 
 
 def test_where_the_weights_are_is_told_in_a_word() -> None:
@@ -176,14 +202,20 @@ def test_a_16_gb_card_takes_turns_and_streams_nothing_in_a_step() -> None:
     assert placement.in_turn
     assert placement.streamed_step_bytes == placement.streamed_text_bytes == 0
     assert placement.pinned_bytes == parts.transformer + parts.text_encoder
-    # what overlaps, of each, in whole layers
-    overlap = parts.transformer + parts.text_encoder - placement.arena_bytes
-    assert 2 * overlap <= placement.exchanged_bytes < 2 * overlap + parts.blocks[0] + parts.encoder_sizes[-1]
+    check_exchange(placement)
 
 
 def test_a_20_gb_card_exchanges_only_what_does_not_fit() -> None:
-    assert put(20).exchanged_bytes < (components().transformer + components().text_encoder) / 2.9
     assert put(22).exchanged_bytes < put(20).exchanged_bytes / 2
+    for gb in (20, 22):
+        check_exchange(put(gb))
+
+
+def check_exchange(placement: Placement) -> None:
+    """What overlaps, of each, in whole layers."""
+    parts = components()
+    overlap = parts.transformer + parts.text_encoder - placement.arena_bytes
+    assert 2 * overlap <= placement.exchanged_bytes < 2 * overlap + parts.blocks[0] + parts.encoder_sizes[-1]
 
 
 def test_a_12_gb_card_streams_some_blocks() -> None:
@@ -204,7 +236,8 @@ def test_an_8_gb_card_streams_the_text_encoder_too() -> None:
 
 
 def test_an_edit_s_reading_is_two_passes_of_the_language_model_and_one_of_the_vision_tower_for_each_picture() -> None:
-    placement, parts = put(3), components()
+    parts = components()
+    placement = place(parts, parts.least, HOST)
     assert (placement.resident_blocks, placement.streamed_step_bytes) == (0, parts.transformer)
     language = placement.streamed_language_bytes
     vision = placement.streamed_text_bytes - language
@@ -267,6 +300,35 @@ def test_more_memory_never_moves_more(of: dict[str, Any], free: int, more: int) 
     assert all(one >= other for one, other in zip(moved(small, of["work"]), moved(large, of["work"]), strict=True))
     # where all comes in every step there is nothing to exchange
     assert small.streams or small.exchanged_bytes >= large.exchanged_bytes
+
+
+def rung_bytes(parts: Components, recorded: tuple[str, ...]) -> int:
+    """All weights, what the recorded phases keep, and the fullest of the others."""
+    kept = [size for name, size in parts.phases.named if name in recorded]
+    others = [size for name, size in parts.phases.named if name not in recorded]
+    return parts.steady + parts.kept + parts.transformer + parts.text_encoder + sum(kept) + max(others, default=0)
+
+
+@given(settings_of, st.sampled_from(RECORDED))
+def test_each_rung_begins_where_its_bytes_are_free_and_its_parts_add_up_to_them(
+    of: dict[str, Any], recorded: tuple[str, ...]
+) -> None:
+    parts = components(**of)
+    needed = rung_bytes(parts, recorded)
+    placement = place(parts, needed, 10**12)
+    assert (placement.recorded, placement.in_turn) == (recorded, False)
+    assert placement.peak_bytes == sum(part.card_bytes for part in placement.parts) == needed
+    less = place(parts, needed - 1, 10**12)
+    assert set(less.recorded) < set(recorded) if recorded else less.in_turn
+
+
+@given(settings_of, st.integers(3 * GB, 60 * GB), st.one_of(st.integers(0, GB // 2), st.integers(0, 20 * GB)))
+def test_more_memory_never_records_less(of: dict[str, Any], free: int, more: int) -> None:
+    try:
+        small = place(components(**of), free, 10**12)
+    except MachineError:
+        return
+    assert set(small.recorded) <= set(place(components(**of), free + more, 10**12).recorded)
 
 
 @given(settings_of, st.integers(1 * GB, 90 * GB))

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from millicent.cli.bars import Bar, draw_bars
 from millicent.engine.machine_plan import MachinePlan, Ranking, price_range
+from millicent.engine.placement import Placement
 from millicent.engine.workload import Asked
 from millicent.errors import InputError
 from millicent.facts.prices import STALE_AFTER_DAYS
@@ -56,6 +57,7 @@ def plan_to_dict(planned: MachinePlan, asked: Asked) -> dict[str, Any]:
         "phase_peak_bytes": dict(placement.peaks),
         "free_bytes": placement.free_bytes,
         "records_graphs": placement.records_graphs,
+        "recorded": placement.recorded,
         "link_gb_per_s": planned.link_gb_per_s,
         "wave_images": planned.wave,
         "stages": {
@@ -122,13 +124,19 @@ def table_of_parts(planned: MachinePlan) -> Table:
     table = make_table("part", "where", ">GiB", ">GiB on card", "because")
     for part in planned.placement.parts:
         table.add_row(part.name, part.where, show_gib(part.size_bytes), show_gib(part.card_bytes), part.because)
-    fullest = max(planned.placement.peaks, key=lambda peak: peak[1])
-    phase = "in all phases, as graphs keep their memory" if planned.placement.records_graphs else f"in {fullest[0]}"
-    told = f"{phase}; {show_gib(planned.placement.free_bytes)} GiB are free"
-    table.add_row("[bold]peak[/]", "", "", f"[bold]{show_gib(fullest[1])}[/]", told)
+    told = f"{describe_peak(planned.placement)}; {show_gib(planned.placement.free_bytes)} GiB are free"
+    table.add_row("[bold]peak[/]", "", "", f"[bold]{show_gib(planned.placement.peak_bytes)}[/]", told)
     if planned.placement.pinned_bytes:
         table.add_row("pinned on the host", "host", show_gib(planned.placement.pinned_bytes), "", "for what crosses the link")
     return table
+
+
+def describe_peak(placement: Placement) -> str:
+    """When the card is fullest. Graphs keep their memory while other phases run."""
+    if placement.records_graphs:
+        return "in all phases, as graphs keep their memory"
+    fullest, _ = max(placement.peaks, key=lambda peak: peak[1])
+    return f"in {fullest}, beside what graphs of {' and '.join(placement.recorded)} keep" if placement.recorded else f"in {fullest}"
 
 
 def show_gib(size_bytes: int) -> str:

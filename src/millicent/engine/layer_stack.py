@@ -208,6 +208,26 @@ class Stack:
         yield
         self.leave(number)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """All layers are on the card for what is done within, and none is waited for, so that passes can be recorded.
+
+        For a stack of which nothing is streamed.
+        """
+        assert not self._streamed
+        if self.stays:
+            yield
+            return
+        if not self.is_here:
+            self._bring()
+        for layer in self.layers:
+            self._wait_for(layer)
+        self.stays = True
+        try:
+            yield
+        finally:
+            self.stays = False
+
     def arrive(self, number: int) -> None:
         """What the current stream is given from here on finds the layer's weights on the card."""
         if self.stays:
@@ -221,6 +241,9 @@ class Stack:
             if not self._ring or self._ring[0][0] != number:  # a pass was broken off, or begins in the middle
                 self._refill(number)
             layer.bind(self._cut[number][self._ring[0][1]])
+        self._wait_for(layer)
+
+    def _wait_for(self, layer: Layer) -> None:
         if layer.arrived is not None:
             torch.cuda.current_stream(self._link.device).wait_event(layer.arrived)
 

@@ -140,8 +140,8 @@ class PlacedPart:
 class Placement:
     """Where everything is.
 
-    in_turn: text encoder and transformer lie on the card in turn, and share arena_bytes of it. recorded: the phases whose passes are
-    recorded as graphs.
+    in_turn: text encoder and transformer lie on the card in turn, and share arena_bytes of it.
+    recorded: the phases whose passes are recorded as graphs, one of RECORDED.
     resident_blocks: of the transformer, resident_encoder_layers: of the text encoder; the others are streamed.
     exchanged_bytes: over the link, once a wave, both ways together; streamed_step_bytes: in each forward of the transformer;
     streamed_text_bytes: in one pass of the whole text encoder, of which streamed_language_bytes are the language model's.
@@ -297,7 +297,7 @@ def place_on_card(parts: Components, free_bytes: int) -> Placement:
 
 
 def _place_all(parts: Components, free_bytes: int) -> Placement | None:
-    """All weights on the card, perhaps without graphs; None where that does not fit."""
+    """All weights on the card, and as many phases recorded as fit; None where not even none do."""
     for recorded in RECORDED:
         peaks = _peaks(parts, parts.transformer + parts.text_encoder, recorded)
         if max(size for _, size in peaks) <= free_bytes:
@@ -329,8 +329,9 @@ def _place_all(parts: Components, free_bytes: int) -> Placement | None:
 def _tell_recorded(recorded: tuple[str, ...]) -> str:
     if recorded == RECORDED[0]:
         return ""
-    what = f"of {' and '.join(recorded)} alone" if recorded else "of nothing"
-    return f"; graphs are recorded {what}, as the others' memory would not fit"
+    if not recorded:
+        return "; graphs are not recorded, as their memory would not fit"
+    return f"; graphs are recorded of {' and '.join(recorded)} alone, as the others' memory would not fit"
 
 
 def _peaks(parts: Components, layers_bytes: int, recorded: tuple[str, ...] = ()) -> tuple[tuple[str, int], ...]:
@@ -500,14 +501,15 @@ def _small(parts: Components, recorded: tuple[str, ...]) -> tuple[PlacedPart, ..
     # where all is recorded the fullest phase's memory is a recording's too
     alive = max((size for name, size in parts.phases.named if name not in recorded), default=parts.phases.largest)
     recordings = kept - (alive if recorded == RECORDED[0] else 0)
+    is_partly = 0 < len(recorded) < len(RECORDED[0])
     named = [
         ("transformer's edges", parts.edges, "what stands before and after the blocks"),
         ("text encoder's edges", parts.encoder_edges, "what stands before and after its layers"),
         ("modulation table", parts.table, "in place of a third of the transformer's weights"),
         ("VAE", parts.vae, "small"),
         ("kept keys and values", parts.kept, "of the references, which later steps do not compute again"),
-        ("activations", alive, "of the fullest phase"),
-        ("recorded graphs", recordings, "of other phases"),
+        ("activations", alive, "of the fullest phase that is not recorded" if is_partly else "of the fullest phase"),
+        ("recorded graphs", recordings, f"of {' and '.join(recorded)}" if is_partly else "of the other phases"),
         ("caches", parts.caches, "of pictures and prompts that come again"),
         ("CUDA and slack", CONTEXT_BYTES + SLACK_BYTES, "of its kernels, and between the allocator's pieces"),
     ]

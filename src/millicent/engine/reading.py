@@ -13,7 +13,8 @@ kernels in the same order. Nothing waits for the card: what is read may still be
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +79,21 @@ class Reader:
 
     budget_bytes: what may be kept, on the device, altogether; with 0 nothing is, and the results are the same to the bit.
     uses_graphs: on a CUDA device, record what comes again as CUDA graphs; the results are the same to the bit.
+    hold: gives what to enter where recorded passes run: all layers are on the card within.
     pictures, openings, embeddings: the three caches, for their counts.
     Raises CheckpointError for an encoder whose config asks for what `model.qwen_vl` does not compute.
     """
 
-    def __init__(self, text_encoder: TextEncoder, budget_bytes: int, *, uses_graphs: bool = True) -> None:
+    def __init__(
+        self,
+        text_encoder: TextEncoder,
+        budget_bytes: int,
+        *,
+        uses_graphs: bool = True,
+        hold: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.text_encoder = text_encoder
+        self.hold = hold
         self._network: Any = text_encoder.network
         self._config: Any = self._network.config
         check_config(self._config)
@@ -178,7 +188,10 @@ class Reader:
         return features
 
     def _run(self, key: Hashable, work: Work, *inputs: Tensor) -> Tensors:
-        return work(*inputs) if self.replays is None else self.replays.run(key, work, *inputs)
+        if self.replays is None:
+            return work(*inputs)
+        with self.hold():
+            return self.replays.run(key, work, *inputs)
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
         """(T, C) on the device. The table may stay on the host."""
