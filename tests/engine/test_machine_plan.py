@@ -110,7 +110,7 @@ def test_the_plan_of_each_machine(name: str, wanted: tuple[str, str] | str) -> N
         ("h200", ("text", "VAE encode", "denoise", "VAE decode")),
         ("rtx-4090", ("text", "VAE encode", "denoise", "VAE decode")),
         ("l4", ("text",)),
-        ("rtx-4070-ti", ()),
+        ("rtx-4070-ti", ("text",)),
     ],
 )
 def test_as_many_phases_are_recorded_as_fit(name: str, recorded: tuple[str, ...]) -> None:
@@ -174,8 +174,8 @@ def test_a_wave_hides_its_exchange() -> None:
     assert made.stages["exchange"].seconds <= WAVE_SHARE * made.seconds
     assert made.alone_s is not None
     # what overlaps of the two crosses the link for one picture alone
-    assert made.alone_s == pytest.approx(made.seconds + 0.43, abs=0.05)
-    assert any(line.startswith(f"waves of {made.wave} share an exchange of 0.46 s") for line in made.because)
+    assert made.alone_s == pytest.approx(made.seconds + 0.44, abs=0.05)
+    assert any(line.startswith(f"waves of {made.wave} share an exchange of 0.47 s") for line in made.because)
     assert rented("H100 SXM").wave == 1
     assert "exchange" not in rented("H100 SXM").stages
 

@@ -151,7 +151,10 @@ def test_graphs_go_before_weights_do() -> None:
     assert "graphs are recorded of text alone" in rungs[2].because
     assert "graphs are not recorded" in rungs[3].because
     assert put(23).in_turn
-    assert put(23).recorded == ()
+    # as all of its layers lie there while text is read
+    assert put(23).recorded == ("text",)
+    assert put(5).resident_encoder_layers < len(components().encoder_sizes)
+    assert put(5).recorded == ()
 
 
 def test_a_24_gib_card_records_the_text_s_passes_at_least() -> None:

@@ -74,7 +74,7 @@ def load(kind: str, share: float | None, area_px: int = 256 * 256, shared_as: st
     chosen = plan(SETTINGS[kind], torch.cuda.get_device_capability(), torch.cuda.get_device_name())
     assert chosen is not None
     parts = fitting.weigh_model(fitting.sizes_of(model), fitting.usual_work(card), chosen, CUDA)
-    layers = parts.beside + parts.transformer + parts.text_encoder - parts.least
+    layers = parts.steady + parts.kept + parts.phases.largest + parts.transformer + parts.text_encoder - parts.least
     placement = place_on_card(parts, parts.whole if share is None else parts.least + round(share * layers))
     return speed_up_model(model, chosen, dataclasses.replace(placement, **changes), shared_as)  # type: ignore[arg-type]
 

@@ -174,7 +174,7 @@ def test_a_card_that_is_too_small_for_anything_is_told_the_least() -> None:
     assert machine.card is not None
     tiny = dataclasses.replace(machine, cards=(dataclasses.replace(machine.card, memory_mib=2048, free_mib=2000),))
     told = {finding.name: finding for finding in check_machine(tiny, needs_of(MODEL, None, tiny))}["memory"]
-    assert "too little even with all weights streamed, which takes 2.9 GiB" in told.found
+    assert "too little even with all weights streamed, which takes 3.0 GiB" in told.found
     assert told.level == "error"
 
 

@@ -82,9 +82,11 @@ def choose_placement(
 def carry_out(model: Model, placement: Placement) -> None:
     """Give the weights of a model that is open their places. Work on the card has ended, and nothing is remembered of any shape."""
     assert model.fast is not None
+    assert model.reader is not None
     assert model.residency is not None
     if placement.in_turn and not model.residency.has_slabs:
         take_all(model.residency, model.fast.network, model.text_encoder.network)
+        model.reader.hold = model.residency.text_encoder.held
     if model.residency.has_slabs:
         model.residency.settle(placement)
     else:

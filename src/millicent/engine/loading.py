@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -257,7 +257,8 @@ def speed_up_model(
         raise
     recorded = RECORDED[0] if placement is None else placement.recorded
     fast.network.record("denoise" in recorded)
-    reader = Reader(model.text_encoder, CACHE_BYTES, uses_graphs="text" in recorded)
+    hold = nullcontext if residency is None or not residency.has_slabs else residency.text_encoder.held
+    reader = Reader(model.text_encoder, CACHE_BYTES, uses_graphs="text" in recorded, hold=hold)
     latents = ByteBudgetCache[str, Tensor](LATENTS_BYTES)
     vae: VAE | CapturedVAE = model.vae
     if on_card:

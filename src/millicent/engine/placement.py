@@ -94,11 +94,11 @@ class Components:
 
     @property
     def beside(self) -> int:
-        """On the card beside the layers, where no passes are recorded.
+        """On the card beside layers that lie there in turn: the text encoder's recorded passes keep their memory while others draw.
 
         What is kept of references stays from one edit to the next (engine/transformer.py), so that a reading has it beside it too.
         """
-        return self.steady + self.kept + self.phases.largest
+        return self.steady + self.kept + self.phases.text + self.phases.drawing
 
     @property
     def transformer(self) -> int:
@@ -355,16 +355,18 @@ def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
     streamed_language = streamed_bytes(layers[first_language:], stays[first_language:])
     streamed_text = streamed_language + streamed_bytes(layers[:first_language], stays[:first_language])
     exchanged = overlapped_bytes(blocks, drawing, reading) + overlapped_bytes(layers, reading, drawing)
+    # while a recorded pass runs all layers are there (Stack.held)
+    recorded = ("text",) if resident_layers == len(layers) else ()
     told = f"text encoder and transformer do not fit together: they lie on the card in turn, in {arena_bytes / _GIB:.1f} GiB"
     return Placement(
         parts=(
             _in_turn("transformer", blocks, resident, drawing, f"{streamed_step / _GIB:.1f} GiB cross the link in every step"),
             _in_turn("text encoder", layers, resident_layers, reading, f"{streamed_text / _GIB:.1f} GiB cross the link in a pass"),
             _embedding(parts),
-            *_small(parts, ()),
+            *_small(parts, recorded),
         ),
         in_turn=True,
-        recorded=(),
+        recorded=recorded,
         arena_bytes=arena_bytes,
         resident_blocks=resident,
         resident_encoder_layers=resident_layers,
@@ -373,7 +375,7 @@ def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
         streamed_text_bytes=streamed_text,
         streamed_language_bytes=streamed_language,
         pinned_bytes=parts.text_encoder + parts.transformer,
-        peaks=_peaks(parts, arena_bytes),
+        peaks=_peaks(parts, arena_bytes, recorded),
         free_bytes=free_bytes,
         because=f"{told}; {exchanged / _GIB:.1f} GiB are exchanged for a wave of pictures" if exchanged else told,
     )
