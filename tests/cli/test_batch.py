@@ -371,16 +371,16 @@ from pathlib import Path
 sys.path.insert(0, {folder!r})
 from test_batch import Painter, app
 from millicent.engine.editor import Editor
-Editor.open = classmethod(lambda cls, model, **options: Painter(0.2))
+Editor.open = classmethod(lambda cls, model, **options: Painter({seconds}))
 app(["batch", *sys.argv[1:]])
 """
 
 
 @pytest.fixture
-def child(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run of many images, of 0.2 s each, once its second image is done."""
+def child(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run of many images, of so many seconds each, once its second image is done."""
     make_catalog(tmp_path, 20)
-    script = CHILD.format(folder=str(Path(__file__).parent))
+    script = CHILD.format(folder=str(Path(__file__).parent), seconds=request.param)
     words = [tmp_path / "catalog.csv", "-o", tmp_path / "out", "--recipe", tmp_path / "recipe.toml", "--json"]
     with subprocess.Popen(
         [sys.executable, "-c", script, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
@@ -395,6 +395,7 @@ def child(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+@pytest.mark.parametrize("child", [0.2], indirect=True)
 def test_ctrl_c_begins_no_more_and_leaves_nothing_claimed(child: subprocess.Popen[str], tmp_path: Path) -> None:
     child.send_signal(signal.SIGINT)
     stdout, stderr = child.communicate(timeout=20)
@@ -408,11 +409,14 @@ def test_ctrl_c_begins_no_more_and_leaves_nothing_claimed(child: subprocess.Pope
     assert counts["done"] == summary["done"] == len(list((tmp_path / "out").glob("P*/*.png")))
 
 
+@pytest.mark.parametrize("child", [3.0], indirect=True)  # the second signal comes while the third image is drawn
 def test_a_second_ctrl_c_stops_at_once_and_the_next_run_goes_on(
     child: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child.send_signal(signal.SIGINT)
-    time.sleep(0.05)
+    assert child.stderr is not None
+    while "given back" not in (line := child.stderr.readline()):
+        assert line, "it ended without a word"
     asked_s = time.monotonic()
     child.send_signal(signal.SIGINT)
     child.communicate(timeout=20)
