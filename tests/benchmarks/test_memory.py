@@ -1,0 +1,37 @@
+"""The benchmark of capped cards: what it draws, counts and compares, on a CPU without a cap."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from benchmarks.memory import compare, make_requests, run_capped
+from millicent import demo
+
+
+def test_a_run_draws_the_same_pictures_alone_and_in_a_row() -> None:
+    row = run_capped(demo.folder(), None, side_px=64, images=4, link_gb_per_s=21.7)
+    alone, in_a_row = row["pictures"][:2], row["pictures"][2:]
+    assert in_a_row[2:] == alone  # the first two were drawn to warm up
+    assert len(set(in_a_row)) == 4
+    assert row["waves"]["images"] == 4
+    assert min(row[kind]["seconds"] for kind in ("alone", "waves")) > 0
+    assert row["alone"]["link_gb"] == row["waves"]["link_gb"] == 0
+
+
+def test_a_bit_that_differs_is_told() -> None:
+    whole = {"pictures": ["a", "b"], "alone": {"seconds": 2.0}, "waves": {"seconds": 1.0}, "peak_gib": 11.0, "planned_gib": 10.0}
+    capped = copy.deepcopy(whole) | {"alone": {"seconds": 3.0}}
+    other = copy.deepcopy(whole) | {"pictures": ["a", "c"]}
+    rows = {"none": whole, "24": capped, "16": other, "8": {"failed": "ended with 1"}}
+    compare(rows)
+    assert [row.get("same_pictures") for row in rows.values()] == [True, True, False, None]
+    assert capped["alone"] == {"seconds": 3.0, "x_uncapped": 1.5}
+    assert capped["peak_x_planned"] == pytest.approx(1.1)
+
+
+def test_every_picture_is_another() -> None:
+    pictures = [request.images[0] for request in make_requests(3, 32)]
+    assert {picture.size for picture in pictures} == {(32, 32)}
+    assert len({picture.tobytes() for picture in pictures}) == 3
