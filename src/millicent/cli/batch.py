@@ -29,6 +29,7 @@ from millicent.cli.batch_views import LEDGER, export, gallery, show_bill, status
 from millicent.cli.cost import choose_prices, write_value
 from millicent.cli.edit import parse_lora, tell
 from millicent.cli.live import Tally, show_time, stopping, watch
+from millicent.cli.plan import MemoryLimit
 from millicent.cli.pull import kernels_folder
 from millicent.engine.editor import Editor
 from millicent.engine.settings import Attention, Format, Settings
@@ -146,14 +147,7 @@ def run(
     number_format: Annotated[Format | None, typer.Option("--format", help="Default: the card's fastest.")] = None,
     attention: Annotated[Attention, typer.Option(help="Exact, or with 8-bit products: an approximation.")] = "exact",
     reuse_reference: Annotated[bool, typer.Option("--reuse-reference", help="Faster, an approximation.")] = False,
-    memory_gb: Annotated[
-        float | None,
-        typer.Option(
-            "--memory",
-            metavar="<GB>",
-            help="Use at most so many GB of the card's memory; what does not fit waits on the host. Default: all that is free.",
-        ),
-    ] = None,
+    memory_gb: MemoryLimit = None,
 ) -> None:
     """Edit a whole catalog.
 

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 import millicent
+from millicent.cli.plan import MemoryLimit
 from millicent.cli.pull import kernels_folder
 from millicent.edits import EditRequest, EditResult, OnProgress, Progress, Schedule
 from millicent.engine.editor import Editor
@@ -89,14 +90,7 @@ def edit(
     ] = False,
     bf16_down: Annotated[bool, typer.Option("--bf16-down", help="Keep the MLPs' down-projections in BF16.")] = False,
     bf16_edge_blocks: Annotated[int, typer.Option("--bf16-edge-blocks", help="Keep so many blocks at either end in BF16.")] = 0,
-    memory_gb: Annotated[
-        float | None,
-        typer.Option(
-            "--memory",
-            metavar="<GB>",
-            help="Use at most so many GB of the card's memory; what does not fit waits on the host. Default: all that is free.",
-        ),
-    ] = None,
+    memory_gb: MemoryLimit = None,
     plain: Annotated[bool, typer.Option("--plain", help="Draw with the plain network, without kernels and formats.")] = False,
 ) -> None:
     """Edit one picture by a sentence."""

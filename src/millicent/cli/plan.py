@@ -23,6 +23,15 @@ from millicent.facts.gpus import find_gpu
 from millicent.hardware.machine import machine_of
 from millicent.hardware.probe import probe
 
+MemoryLimit = Annotated[
+    float | None,
+    typer.Option(
+        "--memory",
+        metavar="<GB>",
+        help="Use at most so many GB of the card's memory; what does not fit waits on the host. Default: all that is free.",
+    ),
+]
+
 
 def plan(
     gpu: Annotated[str | None, typer.Option(help='A card to plan for, as "RTX 4090". Default: this machine.')] = None,
@@ -40,14 +49,7 @@ def plan(
     reuse_reference: Annotated[
         bool, typer.Option("--reuse-reference", help="Keep the references' keys and values; an approximation.")
     ] = False,
-    memory_gb: Annotated[
-        float | None,
-        typer.Option(
-            "--memory",
-            metavar="<GB>",
-            help="Use at most so many GB of the card's memory; what does not fit waits on the host. Default: all that is free.",
-        ),
-    ] = None,
+    memory_gb: MemoryLimit = None,
     all_cards: Annotated[bool, typer.Option("--all", help="Rank every card of the table by dollars per image.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="<file.svg>", help="Draw it as a bar chart.")] = None,
