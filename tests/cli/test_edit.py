@@ -179,6 +179,8 @@ def editor_on(free_gb: float) -> Any:
 def test_where_weights_lie_is_told_where_not_all_are_on_the_card(capsys: pytest.CaptureFixture[str]) -> None:
     tell(editor_on(80))
     assert capsys.readouterr().err.splitlines() == list(editor_on(80).plan.because)
+    tell(editor_on(24))  # as are graphs of fewer phases, which are slower
+    assert "graphs are recorded of text alone" in capsys.readouterr().err.splitlines()[-1]
     tell(editor_on(18))
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 + len(editor_on(18).plan.because)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator
 
 import pytest
-import torch
 from conftest import draw_picture
+from refuse_waiting import refuse_waiting
 
 pytest.importorskip("triton")
 
@@ -79,14 +78,8 @@ def test_edits_between_results_and_a_stop_do_no_harm() -> None:
 
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
-    """PyTorch raises where the host would wait for the card in a copy or to read a value."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with refuse_waiting():
         yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ def tell(editor: Editor) -> None:
     for reason in () if editor.plan is None else editor.plan.because:
         print(reason, file=sys.stderr)
     placement = editor.placement
-    if placement is not None and placement.weights != "on the card":
+    if placement is not None and not (placement.weights == "on the card" and placement.records_graphs):
         for line in (placement.because, *(f"{part.name}: {part.because}" for part in placement.parts if part.where == "streamed")):
             print(line, file=sys.stderr)
 

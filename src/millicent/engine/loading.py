@@ -34,7 +34,7 @@ from millicent.engine.reading import Reader
 from millicent.engine.residency import Residency
 from millicent.engine.sampler import BaseSchedule
 from millicent.engine.settings import Settings
-from millicent.engine.uploading import uploading
+from millicent.engine.uploading import SpecialCodesError, uploading
 from millicent.engine.workload import read_sizes
 from millicent.errors import CheckpointError, IncompleteModelError, InputError, MachineError
 from millicent.facts.models import ModelCard
@@ -197,7 +197,7 @@ def load_model(
         return model
     try:
         return speed_up_model(model, plan, placement, shared_as, limit_bytes)
-    except CheckpointError:  # the card has found a code that is no number; this says in which layer
+    except SpecialCodesError:  # the host, which is slower, says in which layer
         for network in ("transformer", "text_encoder"):
             check_codes(parts[network].component, parts[network].source)
         raise
@@ -235,7 +235,7 @@ def speed_up_model(
     placement: where its weights lie; None for as much on the card as fits. shared_as: what its layers are called to the other
     processes of this host, where they wait there; None for memory of this process alone. limit_bytes: of the card's memory.
     Its networks are taken over, and are of no use elsewhere afterwards.
-    Raises MachineError for a card or a host that is too small.
+    Raises MachineError for a card or a host that is too small, SpecialCodesError for FP8 codes that are no numbers.
     """
     assert isinstance(model.vae, VAE)
     on_card, network = model.device.type == "cuda", model.text_encoder.network

@@ -30,6 +30,10 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+class SpecialCodesError(CheckpointError):
+    """A card has found FP8 codes that are no numbers; which layer's, it cannot say."""
+
+
 @contextmanager
 def uploading(device: torch.device) -> Iterator[Upload]:
     """While it is open: a function that copies tensors to devices, to a CUDA device by way of page-locked buffers.
@@ -37,7 +41,7 @@ def uploading(device: torch.device) -> Iterator[Upload]:
     They are allocated at the first tensor that they are for, and given back at the end, when all copies are done. What the function
     returns is ready for work on the device's current stream. For one thread. FP8 codes are looked through on the card, which reads
     them anyway, and much faster.
-    The function raises MachineError where the host has no memory for the buffers; CheckpointError at the end, for a code that is
+    The function raises MachineError where the host has no memory for the buffers; SpecialCodesError at the end, for a code that is
     no number.
     """
     if device.type != "cuda":
@@ -74,7 +78,7 @@ class _Staging:
 
     def check(self) -> None:
         if self._found and bool(torch.stack(self._found).any()):
-            raise CheckpointError("The weights hold FP8 codes that are no numbers.", FETCH_AGAIN)
+            raise SpecialCodesError("The weights hold FP8 codes that are no numbers.", FETCH_AGAIN)
 
     def _bring(self, tensor: Tensor, device: torch.device) -> Tensor:
         if device.type != self._device.type or tensor.device.type != "cpu" or tensor.nbytes < LEAST_BYTES or tensor.is_pinned():
