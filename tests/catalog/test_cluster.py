@@ -199,7 +199,7 @@ def test_cancelled_no_request_is_taken_and_what_is_in_hand_is_finished_but_in_wa
         cancelled, taken = threading.Event(), list[int]()
 
         def source(taken: list[int] = taken) -> Iterator[EditRequest]:
-            for seed in range(60, 99):
+            for seed in range(60, 160):  # many more than a worker has room for
                 taken.append(seed)
                 yield request(seed)
 
@@ -209,7 +209,7 @@ def test_cancelled_no_request_is_taken_and_what_is_in_hand_is_finished_but_in_wa
         cancelled.set()
         found = [shade(each) for each in results]
         assert found == taken[1 : 1 + len(found)]
-        assert len(taken) == before < 15
+        assert len(taken) == before < 100
         assert (len(found) == before - 1) == (open_editor is painter)
 
 
