@@ -61,7 +61,7 @@ class Replays:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """One recorded piece of work: where it reads its inputs, and where it leaves its results.
+    """One recorded piece of work: where it reads its inputs, and where it leaves its results; neither is in the graphs' pool.
 
     work: holds what the graph reads besides its inputs.
     """
@@ -72,8 +72,7 @@ class Graph:
     made: Tensors
 
     def __call__(self, *inputs: Tensor) -> Tensors:
-        for place, value in zip(self.fed, inputs, strict=True):
-            place.copy_(value)
+        _put(self.fed, inputs)
         self.graph.replay()
         return tuple(result.clone() for result in self.made)
 
@@ -81,8 +80,8 @@ class Graph:
 class GraphRecorder:
     """Records work on one CUDA device, on a stream of its own.
 
-    All graphs share one pool of memory, which is sound since each leaves only results that are copied out before another
-    runs: replay them from one thread, on one stream.
+    All graphs share one pool of memory, of which none keeps a piece: replay them from one thread, on one stream. So the pool is
+    whole again whenever another is recorded, and is not cut up by results that stay while graphs come and go.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -97,18 +96,28 @@ class GraphRecorder:
             return self._capture(work, inputs)
 
     def _capture(self, work: Work, inputs: Tensors) -> Graph:
-        with torch.inference_mode(False):  # they outlive the call that made them, and are written to by later ones
-            fed = tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in inputs)
-        for place, value in zip(fed, inputs, strict=True):
-            place.copy_(value)
+        fed = _make_places(inputs, torch.contiguous_format)
+        _put(fed, inputs)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            work(*fed)  # cuBLAS's workspace is the stream's own: made here, it is not in the pool
+            results = work(*fed)  # cuBLAS's workspace is the stream's own: made here, it is not in the pool
+        made = _make_places(results, torch.preserve_format)
+        del results
         self._stream.synchronize()
         torch.cuda.empty_cache()  # what that left is of no use to the recording, which allocates in its pool
         graph = torch.cuda.CUDAGraph()
         # other threads may go on using the card meanwhile
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            made = work(*fed)
+            _put(made, work(*fed))
         torch.cuda.current_stream().wait_stream(self._stream)
         return Graph(graph, work, fed, made)
+
+
+@torch.inference_mode(False)  # they outlive the call that made them, and are written to by later ones
+def _make_places(values: Tensors, memory_format: torch.memory_format) -> Tensors:
+    return tuple(torch.empty_like(value, memory_format=memory_format) for value in values)
+
+
+def _put(places: Tensors, values: Tensors) -> None:
+    for place, value in zip(places, values, strict=True):
+        place.copy_(value)

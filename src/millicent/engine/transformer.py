@@ -207,7 +207,9 @@ class Drawing:
         self.kept = network.kept_rows(reused, slot) if reused and not keeps_codes else None
         self.later_skips = reused  # so many tokens of the references a later step has not to go through
         self.holds_kept = False
-        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        # outside of the graphs' pool, which is whole again whenever one is captured
+        self.drawn = empty(self.target, network.edges.proj_out.out_features)
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
     def begin(self, txt: Tensor, references: Tensor, mods: Mods) -> None:
         """The next picture. txt (1, T, C), references (1, R, 64)."""
@@ -227,23 +229,22 @@ class Drawing:
         if reuses not in self.graphs and self.network.uses_graphs and self.begun > 1:
             self.graphs[reuses] = self._capture(reuses)
         if reuses in self.graphs:
-            graph, drawn = self.graphs[reuses]
-            graph.replay()
-            velocity = drawn.clone()
+            self.graphs[reuses].replay()
+            velocity = self.drawn.clone()
         else:
             # a pass that will be recorded has its memory from one stream's pool until then
             velocity = self._forward(reuses, None if self.network.uses_graphs else self._side)
         self.holds_kept = self.kept is not None or self.kept_codes is not None
         return velocity[None]
 
-    def _capture(self, reuses: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, reuses: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         self._forward(reuses, None)  # what is compiled, tuned or allocated at first use cannot be while a graph is captured
         torch.cuda.synchronize(self.network.device)
         # other threads may go on using the card meanwhile
         with torch.cuda.graph(graph, pool=self.network.graph_pool, capture_error_mode="thread_local"):
-            drawn = self._forward(reuses, self._side)
-        return graph, drawn
+            self.drawn.copy_(self._forward(reuses, self._side))
+        return graph
 
     @property
     def _side(self) -> torch.cuda.Stream | None:
