@@ -21,7 +21,6 @@ from millicent.checkpoint.recognize import Distilled
 from millicent.edits import EditRequest
 from millicent.engine import parts
 from millicent.engine.editor import Editor
-from millicent.engine.fast_encoder import quantize_encoder
 from millicent.engine.laying_out import lay_out
 from millicent.engine.loading import load_model
 from millicent.engine.parts import check_memory, find_part, fused_steps, tell_expanded, with_distillation
@@ -29,6 +28,7 @@ from millicent.engine.planner import plan
 from millicent.engine.settings import Settings
 from millicent.errors import CheckpointError, InputNotFoundError, MachineError, WeightsMismatchError
 from millicent.facts.models import find_card, read_card
+from millicent.hardware.memory import Memory
 from millicent.model.config import MMDiTConfig
 from millicent.model.mmdit import MMDiT
 
@@ -280,32 +280,20 @@ def test_what_a_transformer_takes_is_told_before(name: str, write: Write, monkey
         check_memory([recognized], True, torch.bfloat16, CPU)
 
 
-def test_what_planned_networks_take_is_told_before() -> None:
-    """The demo's on a Hopper card: codes of one byte in both networks; scales are not counted."""
+def test_what_a_planned_transformer_takes_is_told_before() -> None:
+    """The demo's in codes of one byte; scales are not counted."""
     chosen = plan(Settings(format="fp8"), (9, 0), "a card")
     assert chosen is not None
-    found = {
-        network: find_part(network, demo.folder() / network, None, demo.folder()) for network in ("transformer", "text_encoder")
-    }
+    found = find_part("transformer", demo.folder() / "transformer", None, demo.folder())
     model = load_model(demo.folder(), read_card(demo.folder() / "card.toml"), CPU, torch.bfloat16)
-    quantize_encoder(model.text_encoder.network, CPU, "fp8")
     blocks = lay_out(model.mmdit, chosen, CPU, torch.bfloat16).network.blocks
     linears = [linear for block in blocks for half in (block.img, block.txt) for linear in (half.qkv, half.out, half.up, half.down)]
-    held = {
-        "text_encoder": [model.text_encoder.network],
-        "transformer": [*linears, *(model.mmdit.get_submodule(name) for name in ("img_in", "txt_in", "txt_norm", "proj_out"))],
-    }
-    for network, modules in held.items():
-        states = [module.state_dict() for module in modules if isinstance(module, nn.Module)]
-        taken = sum(
-            tensor.numel() * tensor.element_size()
-            for state in states
-            for key, tensor in state.items()
-            if not key.endswith("weight_scale") and "embed_tokens" not in key  # the table stays on the host
-        )
-        told = parts._needed_bytes(found[network].component, True, torch.bfloat16, chosen)
-        # norms within the blocks, and the biases that FP8's products want in BF16
-        assert 0.97 * told <= taken <= told, network
+    held = [*linears, *(model.mmdit.get_submodule(name) for name in ("img_in", "txt_in", "txt_norm", "proj_out"))]
+    states = [module.state_dict() for module in held if isinstance(module, nn.Module)]
+    taken = sum(tensor.nbytes for state in states for key, tensor in state.items() if not key.endswith("weight_scale"))
+    told = parts._needed_bytes(found.component, True, torch.bfloat16, chosen)
+    # norms within the blocks, and the biases that FP8's products want in BF16
+    assert 0.97 * told <= taken <= told
 
 
 def zoo_part(path: Path) -> parts.FoundPart:
@@ -314,10 +302,10 @@ def zoo_part(path: Path) -> parts.FoundPart:
 
 
 def test_too_little_memory_is_told_before_anything_is_loaded(write: Write, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "_free_host_bytes", lambda: 1000)
+    monkeypatch.setattr(parts, "read_memory", lambda: Memory(1 << 40, 2000, 1000))  # a container on a large host
     with pytest.raises(MachineError, match=r"The weights take .* GiB in float32, and 0\.0 GiB are free"):
         Editor.open(folder, transformer=write("comfy old").path, device="cpu")
-    monkeypatch.setattr(parts, "_free_host_bytes", lambda: None)
+    monkeypatch.setattr(parts, "read_memory", lambda: Memory(0, None, 0))  # a system that does not say
     Editor.open(folder, device="cpu")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from millicent.checkpoint.architecture import text_encoder_tensors, transformer_tensors
+from millicent.checkpoint.architecture import transformer_tensors
 from millicent.checkpoint.canary import check_magnitudes, compare_with_base, decide_by_base
 from millicent.checkpoint.converted import sees_timestep_alone
 from millicent.checkpoint.files import JoinedSource
@@ -22,6 +22,7 @@ from millicent.checkpoint.schemes import keeps_codes
 from millicent.engine.planner import FORMAT_BYTES, Plan
 from millicent.errors import CheckpointError, IncompleteModelError, InputNotFoundError, MachineError
 from millicent.facts.models import ModelCard
+from millicent.hardware.memory import read_memory
 
 NETWORKS: tuple[Network, ...] = ("transformer", "vae", "text_encoder")
 _GIB = 1 << 30
@@ -145,15 +146,7 @@ def check_memory(
 def _needed_bytes(component: Component, keep_codes: bool, dtype: torch.dtype, plan: Plan | None) -> int:
     if plan is not None and component.network == "transformer":
         return _planned_bytes(component, plan, dtype)
-    if plan is not None and component.network == "text_encoder" and plan.text_encoder == "fp8":
-        return _fp8_encoder_bytes(component, dtype)
     return _bytes(component, keep_codes or component.network == "text_encoder", dtype)
-
-
-def _fp8_encoder_bytes(component: Component, dtype: torch.dtype) -> int:
-    """Of the text encoder with its linears in FP8, without the table of embeddings, which stays on the host."""
-    tensors = {name: shape for name, shape in text_encoder_tensors(component.config).items() if "embed_tokens" not in name}
-    return sum(math.prod(shape) * (1 if len(shape) == 2 else dtype.itemsize) for shape in tensors.values())
 
 
 def _planned_bytes(component: Component, plan: Plan, dtype: torch.dtype) -> int:
@@ -200,10 +193,6 @@ def tell_expanded(part: FoundPart, keep_codes: bool, dtype: torch.dtype) -> list
 
 
 def _free_host_bytes() -> int | None:
-    """What Linux can give without swapping; None on systems that do not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = next((line for line in lines if line.startswith("MemAvailable:")), None)
-    return None if found is None else int(found.split()[1]) * 1024
+    """What can be had without swapping, within the container's limit; None on systems that do not say."""
+    memory = read_memory()
+    return memory.available_bytes if memory.total_bytes else None
