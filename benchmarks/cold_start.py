@@ -1,8 +1,9 @@
 """Seconds from a process's start to its first picture, step by step. `python -m benchmarks.cold_start --folder FOLDER`.
 
 The folder holds a converted FP8 model of random weights at true size, 21 GB, which is written there unless it is there already. It
-is read once before, so that the page cache has it. Then processes open it and draw a 1024x1024 edit twice each: the first one with
-no compiled kernels, the others with those that it has kept. --save appends a line for each to the results.
+is read once before, so that the page cache has it. Then processes open it and draw a 1024x1024 edit twice each, as `millicent edit`
+opens it: the first one with no compiled kernels and no hashes of files, the others with what it has kept of both. --save appends a
+line for each to the results.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _READ_BYTES = 16 << 20
 STEPS = ("start", "import torch", "import millicent", "CUDA", "open", "table", "first edit", "hash", "second edit")
 CHILD = """
 import dataclasses, json, sys, time
-started, folder, kernels, side_px = float(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+started, folder, kept, side_px = float(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 seconds, last = {}, started
 
 def step(name):
@@ -49,10 +50,10 @@ step("import millicent")
 device = loading.choose_device("auto")
 if device.type == "cuda":
     from millicent.kernels.compiled import keep_compiled
-    keep_compiled(Path(kernels), device)
+    keep_compiled(Path(kept) / "kernels", device)
     torch.zeros(1, device=device)
 step("CUDA")
-editor = Editor.open(folder)
+editor = Editor.open(folder, digests=Path(kept) / "digests")
 step("open")
 # it would be made within the first edit
 fast = editor._model.fast
@@ -78,11 +79,11 @@ print(json.dumps({"seconds": seconds, "parts": parts, "colors": colors, "same": 
 """
 
 
-def run_process(folder: Path, kernels: Path, side_px: int) -> dict[str, float]:
+def run_process(folder: Path, kept: Path, side_px: int) -> dict[str, float]:
     """Seconds of each step of one process; first picture: from its start until the picture was there, with its hash."""
     command = [sys.executable, "-c", CHILD]
     ran = subprocess.run(
-        [*command, repr(time.time()), str(folder), str(kernels), str(side_px)],
+        [*command, repr(time.time()), str(folder), str(kept), str(side_px)],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -108,11 +109,11 @@ def read_once(folder: Path) -> tuple[int, float]:
     return count, time.perf_counter() - started
 
 
-def measure(size: Size, folder: Path, kernels: Path, runs: int) -> list[dict[str, object]]:
-    """A row for each process; the first has no compiled kernels."""
+def measure(size: Size, folder: Path, kept: Path, runs: int) -> list[dict[str, object]]:
+    """A row for each process; the first finds nothing kept."""
     rows: list[dict[str, object]] = []
     for number in range(runs):
-        seconds = run_process(folder, kernels, size.picture_px)
+        seconds = run_process(folder, kept, size.picture_px)
         rows.append({"benchmark": "cold_start", "size": size.name, "compiled": number > 0, **seconds})
         print(f"process {number + 1}: first picture after {seconds['first picture']:.1f} s", flush=True)
     return rows
@@ -141,8 +142,8 @@ def main() -> None:
     print(f"the folder is there after {time.perf_counter() - started:.1f} s")
     count, read_s = read_once(args.folder)
     print(f"{count / 1e9:.2f} GB, read once in {read_s:.1f} s", flush=True)
-    with tempfile.TemporaryDirectory() as kernels:
-        rows = measure(size, args.folder.absolute(), Path(kernels), args.runs)
+    with tempfile.TemporaryDirectory() as kept:
+        rows = measure(size, args.folder.absolute(), Path(kept), args.runs)
     show(rows)
     rows = [{**row, "folder_bytes": count, **describe_machine(device)} for row in rows]
     if args.save:

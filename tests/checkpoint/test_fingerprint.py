@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from millicent.checkpoint import fingerprint
-from millicent.checkpoint.fingerprint import begin_weights_sha256, file_sha256, weights_sha256
+from millicent.checkpoint.digests import file_sha256
+from millicent.checkpoint.fingerprint import begin_weights_sha256, weights_sha256
 from millicent.errors import CheckpointError
 
 
@@ -60,9 +61,9 @@ def test_a_file_in_two_places_counts_in_both(tmp_path: Path) -> None:
 def test_it_is_begun_without_waiting_and_waited_for_as_often_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, may_go_on = write(tmp_path, {str(number): bytes(number) for number in range(40)}), threading.Event()
 
-    def hash_later(path: Path) -> str:
+    def hash_later(path: Path, kept: Path | None) -> str:
         assert may_go_on.wait(30)
-        return file_sha256(path)
+        return file_sha256(path, kept)
 
     monkeypatch.setattr(fingerprint, "file_sha256", hash_later)
     wait = begin_weights_sha256(tmp_path, files)

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from millicent import demo
+from millicent.checkpoint import digests
 from millicent.checkpoint.load import load_network
 from millicent.checkpoint.recognize import Distilled
 from millicent.edits import EditRequest
@@ -350,6 +353,20 @@ def test_a_stand_in_changes_the_name_of_the_weights(write: Write, folder: Path, 
     changed[f"{zoo.COMFY_PREFIX}img_in.bias"] += 1
     save_file(changed, tmp_path / "changed.safetensors")
     assert name(transformer=tmp_path / "changed.safetensors") != names[1]
+
+
+def test_the_name_is_made_once_where_hashes_are_kept(
+    write: Write, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model with a file from elsewhere; all files count as large, and as left alone for long."""
+    now = time.time_ns
+    monkeypatch.setattr(digests, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(digests.time, "time_ns", lambda: now() + 10_000_000_000)
+    open_it = partial(Editor.open, folder, transformer=write("comfy old").path, device="cpu")
+    name = open_it().weights_sha256
+    assert open_it(digests=tmp_path / "digests").weights_sha256 == name
+    monkeypatch.setattr(digests, "_hash", lambda *_: pytest.fail("a file was read again"))
+    assert open_it(digests=tmp_path / "digests").weights_sha256 == name
 
 
 def test_every_file_of_a_stand_in_counts(write: Write, folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """One hash that names the weights that drew a picture, so that the picture can be drawn again.
 
-A file of 13 GB takes seven seconds and more, so it is hashed while the weights are read and the first picture is drawn.
+A file of 13 GB takes ten seconds, so it is hashed while the weights are read and the first picture is drawn.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
+from millicent.checkpoint.digests import file_sha256
 from millicent.errors import CheckpointError
 
 # the others read the weights meanwhile; a converted folder has two large files
@@ -37,16 +38,20 @@ def weights_sha256(
 
 
 def begin_weights_sha256(
-    root: Path, files: Iterable[Path], loras: Sequence[tuple[Path, float]] = (), elsewhere: Iterable[tuple[str, Path]] = ()
+    root: Path,
+    files: Iterable[Path],
+    loras: Sequence[tuple[Path, float]] = (),
+    elsewhere: Iterable[tuple[str, Path]] = (),
+    kept: Path | None = None,
 ) -> Callable[[], str]:
     """As weights_sha256, in the background: returns a function that waits for it, once or often, and raises what it raises.
 
-    Nothing waits for it at the process's end.
+    kept: as file_sha256's. Nothing waits for it at the process's end.
     """
     named = [(f"{path.relative_to(root).as_posix()} ", path) for path in sorted(set(files))]
     named += [(f"lora:{strength!r} ", path) for path, strength in loras]
     named += [(f"{part}: ", path) for part, path in elsewhere]
-    digests = _begin_hashing(list(dict.fromkeys(path for _, path in named)))
+    digests = _begin_hashing(list(dict.fromkeys(path for _, path in named)), kept)
 
     def wait() -> str:
         lines = [f"{name}{digests[path].result()}\n" for name, path in named]
@@ -55,7 +60,7 @@ def begin_weights_sha256(
     return wait
 
 
-def _begin_hashing(paths: Sequence[Path]) -> dict[Path, Future[str]]:
+def _begin_hashing(paths: Sequence[Path], kept: Path | None) -> dict[Path, Future[str]]:
     """Of each file: its SHA-256, once it is known."""
     digests = {path: Future[str]() for path in paths}
     waiting: Waiting = SimpleQueue()
@@ -65,26 +70,21 @@ def _begin_hashing(paths: Sequence[Path]) -> dict[Path, Future[str]]:
     threads = max(_LEAST_THREADS, (os.cpu_count() or 1) // _SHARE_OF_PROCESSORS)
     for number in range(min(threads, len(paths))):
         # an executor's threads would hold up the end of the process
-        threading.Thread(target=_hash_waiting, args=(waiting,), name=f"sha256-{number}", daemon=True).start()
+        threading.Thread(target=_hash_waiting, args=(waiting, kept), name=f"sha256-{number}", daemon=True).start()
     return digests
 
 
-def _hash_waiting(waiting: Waiting) -> None:
+def _hash_waiting(waiting: Waiting, kept: Path | None) -> None:
     while True:
         try:
             path, digest = waiting.get_nowait()
         except Empty:
             return
         try:
-            digest.set_result(file_sha256(path))
+            digest.set_result(file_sha256(path, kept))
         except OSError as error:
             told = CheckpointError(f"{path} cannot be read: {error.strerror}.", "Give a file that is on this machine.")
             told.__cause__ = error
             digest.set_exception(told)
         except Exception as error:  # else whoever waits for the digest would wait forever
             digest.set_exception(error)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # lets other threads run meanwhile

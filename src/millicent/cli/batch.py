@@ -30,7 +30,7 @@ from millicent.cli.cost import choose_prices, write_value
 from millicent.cli.edit import parse_lora, tell
 from millicent.cli.live import Tally, show_time, stopping, watch
 from millicent.cli.plan import MemoryLimit
-from millicent.cli.pull import kernels_folder
+from millicent.cli.pull import digests_folder, kernels_folder
 from millicent.engine.editor import Editor
 from millicent.engine.settings import Attention, Format, Settings
 from millicent.errors import InputError, OutputError
@@ -175,6 +175,7 @@ def run(
         device=device,
         settings=settings,
         kernels=kernels_folder(),
+        digests=digests_folder(),
     )
     allowed = frozenset(allow_hosts or ())
     if dry:

@@ -20,7 +20,7 @@ from rich.progress import Progress as Bar
 
 import millicent
 from millicent.cli.plan import MemoryLimit
-from millicent.cli.pull import kernels_folder
+from millicent.cli.pull import digests_folder, kernels_folder
 from millicent.edits import EditRequest, EditResult, OnProgress, Progress, Schedule
 from millicent.engine.editor import Editor
 from millicent.engine.settings import Attention, Format, Settings
@@ -141,6 +141,7 @@ def edit(
             device=device,
             settings=settings,
             kernels=kernels_folder(),
+            digests=digests_folder(),
         )
         if not quiet:
             tell(editor)

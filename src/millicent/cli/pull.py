@@ -69,6 +69,11 @@ def kernels_folder() -> Path | None:
     return None if os.environ.get("TRITON_CACHE_DIR") else _data_folder() / "kernels"
 
 
+def digests_folder() -> Path:
+    """Where hashes of weight files are kept, beside the models."""
+    return _data_folder() / "digests"
+
+
 def _data_folder() -> Path:
     data = os.environ.get("XDG_DATA_HOME", "")
     return (Path(data) if Path(data).is_absolute() else Path.home() / ".local" / "share") / "millicent"

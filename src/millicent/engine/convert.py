@@ -21,8 +21,8 @@ from millicent.checkpoint.convert import (
     read_changes,
 )
 from millicent.checkpoint.converted import ConvertedMetadata, FusedLora
+from millicent.checkpoint.digests import file_sha256
 from millicent.checkpoint.files import JoinedSource
-from millicent.checkpoint.fingerprint import file_sha256
 from millicent.checkpoint.folder import open_folder, read_json
 from millicent.checkpoint.recognize import Component, Distilled, recognize
 from millicent.engine.editor import find_model

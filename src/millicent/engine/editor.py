@@ -73,6 +73,7 @@ class Editor:
         dtype: str = "auto",
         settings: Settings = DEFAULT_SETTINGS,
         kernels: Path | None = None,
+        digests: Path | None = None,
     ) -> Self:
         """Load a model whole.
 
@@ -85,6 +86,7 @@ class Editor:
         dtype: "auto" (BF16 on a GPU, FP32 on a CPU), "bf16" or "fp32".
         settings: the number format of the transformer, and what may be approximated (engine/settings.py).
         kernels: a folder in which compiled kernels are kept from one process to the next; None for where Triton keeps them.
+        digests: one in which hashes of weight files are kept; None keeps none, and each process makes them anew, in the background.
         Raises ModelNotFoundError, IncompleteModelError, WeightsMismatchError, CheckpointError, MissingExtraError, MachineError for
         too little memory, InputNotFoundError for a file that is not there.
         """
@@ -104,6 +106,7 @@ class Editor:
                 distilled_steps,
                 settings,
                 kernels,
+                digests,
             )
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("millicent"):

@@ -106,13 +106,14 @@ def load_model(
     distilled_steps: int | None = None,
     settings: Settings = DEFAULT_SETTINGS,
     kernels: Path | None = None,
+    digests: Path | None = None,
 ) -> Model:
     """Load every part of a diffusers-layout folder; fuse the card's LoRA and `loras`, each with its strength.
 
     files: stand in for a part of the folder, in any layout; the folder says which model they are. A Lightning LoRA among
     `loras`, or distillation in a transformer file, changes the card: it brings its steps and schedule, and guidance is off.
     distilled_steps: how many a transformer is distilled for whose name speaks of it, 0 for none.
-    kernels: where compiled kernels are kept; None for where Triton keeps them.
+    kernels: where compiled kernels are kept; None for where Triton keeps them. digests: where hashes of files are; None keeps none.
     Raises CheckpointError and its kinds, OutputError for such a folder that cannot be written, InputNotFoundError for a LoRA that
     is not there, MachineError for too little memory
     or a format that the card does not run, InputError for FP32 on a card with settings that have none.
@@ -151,6 +152,7 @@ def load_model(
         [*(f for network in NETWORKS if network not in files for f in parts[network].paths), *own],
         loras,
         [(network, f) for network in files for f in parts[network].paths],
+        digests,
     )
     placement = shared_as = None
     if plan is None or device.type != "cuda":
