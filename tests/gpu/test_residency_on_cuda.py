@@ -323,7 +323,11 @@ def test_memory_does_not_grow_over_edits_of_mixed_sizes(share: float | None, man
         assert pictures_of(outcome)
         reserved = torch.cuda.memory_reserved()
         seen.append((reserved, reserved - torch.cuda.memory_allocated()))
+    # of each period, as MiB: what is reserved, and what of that is idle
+    fullest = [
+        tuple(max(each) >> 20 for each in zip(*seen[begin : begin + PERIOD], strict=True)) for begin in range(WARM, EDITS, PERIOD)
+    ]
     for number in range(WARM + PERIOD, EDITS):  # against the same place in the first period
         then = seen[WARM + (number - WARM) % PERIOD]
         grown = [after - before for after, before in zip(seen[number], then, strict=True)]
-        assert max(grown) <= GROWTH_BYTES, (number, grown)
+        assert max(grown) <= GROWTH_BYTES, (number, grown, fullest)
