@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from benchmarks.memory import compare, make_requests, run_capped
+from benchmarks.memory import compare, idle_of_graphs, make_requests, run_capped
 from millicent import demo
 
 
@@ -35,3 +35,12 @@ def test_every_picture_is_another() -> None:
     pictures = [request.images[0] for request in make_requests(3, 32)]
     assert {picture.size for picture in pictures} == {(32, 32)}
     assert len({picture.tobytes() for picture in pictures}) == 3
+
+
+def test_what_graphs_keep_for_themselves_is_counted() -> None:
+    segments = [
+        {"segment_pool_id": (0, 0), "total_size": 100, "allocated_size": 40},
+        {"segment_pool_id": (0, 1), "total_size": 20, "allocated_size": 5},
+        {"segment_pool_id": (3, 0), "total_size": 8, "allocated_size": 0},
+    ]
+    assert idle_of_graphs(segments) == 23

@@ -33,8 +33,10 @@ CACHE_BYTES = (512 + 64) << 20  # of what was read and encoded (engine/loading.p
 HOST_BASE_BYTES = 4 << 30
 RING_SLOTS = 2
 # of the phases, which are recorded as graphs: as many as fit. What a host launches at once saves most where launches are many and
-# small, as in the text encoder, and next where they are many
-RECORDED: tuple[tuple[str, ...], ...] = (("text", "VAE encode", "denoise", "VAE decode"), ("text", "denoise"), ("text",), ())
+# small, as in the text encoder. With one pool fewer than all nothing would be won: what a phase does not keep it takes as it runs
+RECORDED: tuple[tuple[str, ...], ...] = (("text", "VAE encode", "denoise", "VAE decode"), ("text",), ())
+# whose graphs share one pool of memory (engine/capture.py), as large as the largest of them
+_POOLS = (("text",), ("VAE encode", "VAE decode"), ("denoise",))
 _GIB = 1 << 30
 
 
@@ -56,10 +58,10 @@ class Phases:
     def largest(self) -> int:
         return max(self.text, self.drawing)
 
-    @property
-    def recorded(self) -> int:
-        """Of all of them, as each graph keeps the memory of its own."""
-        return sum(size for _, size in self.named)
+    def recorded_bytes(self, recorded: Sequence[str]) -> int:
+        """What the graphs of some phases keep, whatever runs."""
+        size_of = dict(self.named)
+        return sum(max((size_of[name] for name in pool if name in recorded), default=0) for pool in _POOLS)
 
     @property
     def named(self) -> tuple[tuple[str, int], ...]:
@@ -116,7 +118,7 @@ class Components:
     @property
     def whole(self) -> int:
         """Of a card's memory that the first placement takes."""
-        return self.steady + self.transformer + self.text_encoder + self.kept + self.phases.recorded
+        return self.steady + self.transformer + self.text_encoder + self.kept + self.phases.recorded_bytes(RECORDED[0])
 
     @property
     def least(self) -> int:
@@ -336,8 +338,7 @@ def _tell_recorded(recorded: tuple[str, ...]) -> str:
 
 def _peaks(parts: Components, layers_bytes: int, recorded: tuple[str, ...] = ()) -> tuple[tuple[str, int], ...]:
     """Of each phase, with so many bytes of layers on the card. What is recorded keeps its memory when others run."""
-    kept = sum(size for name, size in parts.phases.named if name in recorded)
-    others = parts.steady + parts.kept + layers_bytes + kept
+    others = parts.steady + parts.kept + layers_bytes + parts.phases.recorded_bytes(recorded)
     return tuple((name, others + (0 if name in recorded else size)) for name, size in parts.phases.named)
 
 
@@ -499,10 +500,9 @@ def _embedding(parts: Components) -> PlacedPart:
 
 
 def _small(parts: Components, recorded: tuple[str, ...]) -> tuple[PlacedPart, ...]:
-    kept = sum(size for name, size in parts.phases.named if name in recorded)
     # where all is recorded the fullest phase's memory is a recording's too
     alive = max((size for name, size in parts.phases.named if name not in recorded), default=parts.phases.largest)
-    recordings = kept - (alive if recorded == RECORDED[0] else 0)
+    recordings = parts.phases.recorded_bytes(recorded) - (alive if recorded == RECORDED[0] else 0)
     is_partly = 0 < len(recorded) < len(RECORDED[0])
     named = [
         ("transformer's edges", parts.edges, "what stands before and after the blocks"),
