@@ -29,8 +29,8 @@ from rich.table import Table
 from benchmarks.machine import ROOT, describe_machine
 from millicent.edits import EditRequest, EditResult
 from millicent.engine.editor import Editor
-from millicent.engine.placement import CONTEXT_BYTES
 from millicent.engine.settings import Settings
+from millicent.engine.weighing import CONTEXT_BYTES
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory.jsonl"
 GIB = 1 << 30

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from millicent.engine.arena import RING_SLOTS, lay_out_arena
 from millicent.engine.layer_stack import ArrivingLayers, Layer, Link, Stack, slab_bytes
-from millicent.engine.placement import RING_SLOTS, lay_out_arena
 from millicent.model.sizes import ALIGNMENT_BYTES
 
 CPU = torch.device("cpu")

@@ -10,30 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from millicent.engine.arena import RING_SLOTS, Places, count_resident, lay_out_arena, overlapped_bytes, spread
 from millicent.engine.blocks import make_block
 from millicent.engine.fast_encoder import quantize_encoder
 from millicent.engine.layer_stack import slab_bytes
 from millicent.engine.linears import linear_maker
 from millicent.engine.machine_plan import block_sizes
-from millicent.engine.placement import (
-    CONTEXT_BYTES,
-    HOST_BASE_BYTES,
-    RECORDED,
-    RING_SLOTS,
-    SLACK_BYTES,
-    Components,
-    Placement,
-    Places,
-    count_resident,
-    lay_out_arena,
-    overlapped_bytes,
-    place,
-    spread,
-    weigh,
-)
+from millicent.engine.placement import HOST_BASE_BYTES, Placement, place
 from millicent.engine.planner import plan
 from millicent.engine.predictions import draw_of
 from millicent.engine.settings import Settings
+from millicent.engine.weighing import CONTEXT_BYTES, RECORDED, SLACK_BYTES, Components, weigh
 from millicent.errors import MachineError
 from millicent.facts.measured import Run, read_measured
 from millicent.model.config import MMDiTConfig

@@ -17,9 +17,10 @@ from millicent.edits import EditRequest
 from millicent.engine import fitting, pressure
 from millicent.engine.editor import Editor, find_model
 from millicent.engine.loading import Model, load_model, speed_up_model
-from millicent.engine.placement import Components, Placement, place_on_card
+from millicent.engine.placement import Placement, place_on_card
 from millicent.engine.planner import Plan, plan
 from millicent.engine.settings import Format, Settings
+from millicent.engine.weighing import Components
 from millicent.errors import MachineError
 
 CPU = torch.device("cpu")

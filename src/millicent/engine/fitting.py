@@ -12,8 +12,9 @@ from millicent.engine.fast_vae import CapturedVAE
 from millicent.engine.host_memory import shared_bytes
 from millicent.engine.laying_out import take_all
 from millicent.engine.machine_plan import wave_for, weigh_plan
-from millicent.engine.placement import CONTEXT_BYTES, Components, Placement, place
+from millicent.engine.placement import Placement, place
 from millicent.engine.planner import Plan
+from millicent.engine.weighing import CONTEXT_BYTES, Components
 from millicent.facts.models import ModelCard
 from millicent.hardware.memory import read_memory
 from millicent.model.sizes import ModelSizes, QwenVLSizes, Workload
@@ -113,7 +114,7 @@ def set_wave(model: Model) -> None:
 
 
 def record_passes(model: Model, recorded: Sequence[str]) -> None:
-    """The phases (engine/placement.py) of which shapes that come again are recorded as graphs."""
+    """The phases (engine/weighing.py) of which shapes that come again are recorded as graphs."""
     assert model.fast is not None
     assert model.reader is not None
     model.fast.network.record("denoise" in recorded)

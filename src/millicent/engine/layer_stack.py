@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from millicent.engine.placement import Places
+from millicent.engine.arena import Places
 from millicent.model.sizes import ALIGNMENT_BYTES
 
 Views = tuple[Tensor, ...]

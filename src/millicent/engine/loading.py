@@ -28,13 +28,14 @@ from millicent.engine.fitting import choose_placement, limit_memory, set_wave, s
 from millicent.engine.laying_out import FastDrawing, lay_out, lay_out_encoder, open_slabs
 from millicent.engine.modulation import attach_stored
 from millicent.engine.parts import NETWORKS, FoundPart, check_memory, find_part, fused_steps, tell_expanded, with_distillation
-from millicent.engine.placement import RECORDED, Placement
+from millicent.engine.placement import Placement
 from millicent.engine.planner import Plan
 from millicent.engine.reading import Reader
 from millicent.engine.residency import Residency
 from millicent.engine.sampler import BaseSchedule
 from millicent.engine.settings import Settings
 from millicent.engine.uploading import SpecialCodesError, uploading
+from millicent.engine.weighing import RECORDED
 from millicent.engine.workload import read_sizes
 from millicent.errors import CheckpointError, IncompleteModelError, InputError, MachineError
 from millicent.facts.models import ModelCard

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import get_args
 
-from millicent.engine.placement import Components, Placement, place, weigh
+from millicent.engine.placement import Placement, place
 from millicent.engine.planner import TENSOR_CORES, Capability, EncoderFormat, Plan, plan
 from millicent.engine.predictions import (
     CARD_STAGES,
@@ -30,6 +30,7 @@ from millicent.engine.predictions import (
     shares_of,
 )
 from millicent.engine.settings import Format, Settings
+from millicent.engine.weighing import Components, weigh
 from millicent.errors import InputError, MachineError
 from millicent.facts.gpus import Gpu, identify, read_gpus
 from millicent.facts.prices import RentalPrice, is_stale, prices_of

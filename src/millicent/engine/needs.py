@@ -18,9 +18,10 @@ from millicent.engine.machine_plan import (
     wave_of,
     weigh_plan,
 )
-from millicent.engine.placement import HOST_BASE_BYTES, Components, Placement, place_on_card
+from millicent.engine.placement import HOST_BASE_BYTES, Placement, place_on_card
 from millicent.engine.planner import Capability, Plan, plan
 from millicent.engine.settings import FORMATS, Format, Settings
+from millicent.engine.weighing import Components
 from millicent.engine.workload import Asked, ask
 from millicent.errors import MachineError
 from millicent.facts.gpus import Gpu, identify

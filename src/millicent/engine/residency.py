@@ -1,7 +1,7 @@
 """Carrying out a placement: which weights lie on the card, which wait on the host, and how they change places.
 
 Where everything fits, all of it lies on the card and nothing here moves. Else every layer has a slab of page-locked memory on the
-host, and all weights on the card lie in one arena (engine/placement.py), allocated once, so that weights never leave holes in the
+host, and all weights on the card lie in one arena (engine/arena.py), allocated once, so that weights never leave holes in the
 card's memory. Transformer and text encoder are never needed at once: where their places overlap, what one has written over the
 other is all that is copied when that other is needed again.
 """
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from millicent.engine.arena import lay_out_arena
 from millicent.engine.host_memory import HostMemory, allocate
 from millicent.engine.layer_stack import ArrivingLayers, Layer, Link, Stack, slab_bytes
-from millicent.engine.placement import Placement, lay_out_arena
+from millicent.engine.placement import Placement
 
 
 class Residency:
