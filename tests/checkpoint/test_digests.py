@@ -126,8 +126,9 @@ def test_a_damaged_record_is_made_again(file: Path, kept: Path, damage: bytes | 
 def test_a_folder_that_cannot_be_written_is_told_of(file: Path, kept: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept.parent.write_text("a file, where a folder is wanted")
     with caplog.at_level(logging.WARNING):
-        assert file_sha256(file, kept) == sha256(b"one")
-    assert "cannot be kept" in caplog.text
+        for _ in range(2):
+            assert file_sha256(file, kept) == sha256(b"one")
+    assert caplog.text.count("cannot be kept") == 1
     assert [path.name for path in file.parent.iterdir() if path not in (file, kept.parent)] == []
 
 

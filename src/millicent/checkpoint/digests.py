@@ -18,6 +18,7 @@ import os
 import tempfile
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -88,4 +89,9 @@ def _keep(place: Path, told: object) -> None:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        _LOG.warning("Hashes of weights cannot be kept in %s, and take seconds in each run: %s.", place.parent, error.strerror)
+        _tell(place.parent, error.strerror)
+
+
+@cache  # a model has a dozen files, and the reason is the folder's
+def _tell(folder: Path, why: str | None) -> None:
+    _LOG.warning("Hashes of weights cannot be kept in %s, and take seconds in each run: %s.", folder, why)
