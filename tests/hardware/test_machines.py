@@ -166,7 +166,7 @@ def test_streaming_that_is_slow_is_told_with_what_would_be_fast() -> None:
     assert (riser.level, riser.command) == ("warning", f"millicent preflight --model {MODEL} --format fp8")
     unknown = judge("h100-mig-1g.10gb")["memory"]
     assert "how long an edit takes is not known" in unknown.found
-    assert (unknown.level, unknown.command) == ("warning", "Rent a card with 22.6 GiB free; millicent plan --all ranks them")
+    assert (unknown.level, unknown.command) == ("warning", "Rent a card with 23.3 GiB free; millicent plan --all ranks them")
 
 
 def test_a_card_that_is_too_small_for_anything_is_told_the_least() -> None:

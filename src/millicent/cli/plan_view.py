@@ -14,7 +14,7 @@ from rich.table import Table
 
 from millicent.cli.bars import Bar, draw_bars
 from millicent.engine.machine_plan import MachinePlan, Ranking, price_range
-from millicent.engine.placement import Placement
+from millicent.engine.placement import Placement, describe_recorded
 from millicent.engine.workload import Asked
 from millicent.errors import InputError
 from millicent.facts.prices import STALE_AFTER_DAYS
@@ -133,10 +133,9 @@ def table_of_parts(planned: MachinePlan) -> Table:
 
 def describe_peak(placement: Placement) -> str:
     """When the card is fullest. Graphs keep their memory while other phases run."""
-    if placement.records_graphs:
-        return "in all phases, as graphs keep their memory"
     fullest, _ = max(placement.peaks, key=lambda peak: peak[1])
-    return f"in {fullest}, beside what graphs of {' and '.join(placement.recorded)} keep" if placement.recorded else f"in {fullest}"
+    kept = f", beside what graphs of {describe_recorded(placement.recorded)} keep" if placement.recorded else ""
+    return f"in {fullest}{kept}"
 
 
 def show_gib(size_bytes: int) -> str:

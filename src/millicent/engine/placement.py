@@ -165,13 +165,21 @@ def _tell_recorded(recorded: tuple[str, ...]) -> str:
         return ""
     if not recorded:
         return "; graphs are not recorded, as their memory would not fit"
-    return f"; graphs are recorded of {' and '.join(recorded)} alone, as the others' memory would not fit"
+    return f"; graphs are recorded of {describe_recorded(recorded)} alone, as the others' memory would not fit"
+
+
+def describe_recorded(recorded: tuple[str, ...]) -> str:
+    """ "all phases", or their names."""
+    return "all phases" if recorded == RECORDED[0] else " and ".join(recorded)
 
 
 def _peaks(parts: Components, layers_bytes: int, recorded: tuple[str, ...] = ()) -> tuple[tuple[str, int], ...]:
-    """Of each phase, with so many bytes of layers on the card. What is recorded keeps its memory when others run."""
+    """Of each phase, with so many bytes of layers on the card.
+
+    What is recorded keeps its memory when others run, and when a shape of its own phase runs as it is: before that is recorded too.
+    """
     others = parts.steady + parts.kept + layers_bytes + parts.phases.recorded_bytes(recorded)
-    return tuple((name, others + (0 if name in recorded else size)) for name, size in parts.phases.named)
+    return tuple((name, others + size) for name, size in parts.phases.named)
 
 
 def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
@@ -252,18 +260,15 @@ def _embedding(parts: Components) -> PlacedPart:
 
 
 def _small(parts: Components, recorded: tuple[str, ...]) -> tuple[PlacedPart, ...]:
-    # where all is recorded the fullest phase's memory is a recording's too
-    alive = max((size for name, size in parts.phases.named if name not in recorded), default=parts.phases.largest)
-    recordings = parts.phases.recorded_bytes(recorded) - (alive if recorded == RECORDED[0] else 0)
-    is_partly = 0 < len(recorded) < len(RECORDED[0])
+    phases = parts.phases
     named = [
         ("transformer's edges", parts.edges, "what stands before and after the blocks"),
         ("text encoder's edges", parts.encoder_edges, "what stands before and after its layers"),
         ("modulation table", parts.table, "in place of a third of the transformer's weights"),
         ("VAE", parts.vae, "small"),
         ("kept keys and values", parts.kept, "of the references, which later steps do not compute again"),
-        ("activations", alive, "of the fullest phase that is not recorded" if is_partly else "of the fullest phase"),
-        ("recorded graphs", recordings, f"of {' and '.join(recorded)}" if is_partly else "of the other phases"),
+        ("activations", phases.largest, "of the fullest phase"),
+        ("recorded graphs", phases.recorded_bytes(recorded), f"of {describe_recorded(recorded)}"),
         ("caches", parts.caches, "of pictures and prompts that come again"),
         ("CUDA and slack", CONTEXT_BYTES + SLACK_BYTES, "of its kernels, and between the allocator's pieces"),
     ]

@@ -14,8 +14,8 @@ CONTEXT_BYTES = 800 << 20
 SLACK_BYTES = 256 << 20  # lost between the allocator's pieces
 CACHE_BYTES = (512 + 64) << 20  # of what was read and encoded (engine/loading.py)
 # of the phases, which are recorded as graphs: as many as fit. What a host launches at once saves most where launches are many and
-# small, as in the text encoder. With one pool fewer than all nothing would be won: what a phase does not keep it takes as it runs
-RECORDED: tuple[tuple[str, ...], ...] = (("text", "VAE encode", "denoise", "VAE decode"), ("text",), ())
+# small, as in the text encoder, and next where they are many
+RECORDED: tuple[tuple[str, ...], ...] = (("text", "VAE encode", "denoise", "VAE decode"), ("text", "denoise"), ("text",), ())
 # whose graphs share one pool of memory (engine/capture.py), as large as the largest of them
 _POOLS = (("text",), ("VAE encode", "VAE decode"), ("denoise",))
 
@@ -30,13 +30,8 @@ class Phases:
     vae_decode: int
 
     @property
-    def drawing(self) -> int:
-        """The largest of those that do not need the text encoder."""
-        return max(self.vae_encode, self.denoise, self.vae_decode)
-
-    @property
     def largest(self) -> int:
-        return max(self.text, self.drawing)
+        return max(size for _, size in self.named)
 
     def recorded_bytes(self, recorded: Sequence[str]) -> int:
         """What the graphs of some phases keep, whatever runs."""
@@ -76,11 +71,11 @@ class Components:
 
     @property
     def beside(self) -> int:
-        """On the card beside layers that lie there in turn: the text encoder's recorded passes keep their memory while others draw.
+        """On the card beside layers that lie there in turn: the text encoder's recorded passes keep their memory while others run.
 
         What is kept of references stays from one edit to the next (engine/transformer.py), so that a reading has it beside it too.
         """
-        return self.steady + self.kept + self.phases.text + self.phases.drawing
+        return self.steady + self.kept + self.phases.text + self.phases.largest
 
     @property
     def transformer(self) -> int:
@@ -97,8 +92,9 @@ class Components:
 
     @property
     def whole(self) -> int:
-        """Of a card's memory that the first placement takes."""
-        return self.steady + self.transformer + self.text_encoder + self.kept + self.phases.recorded_bytes(RECORDED[0])
+        """Of a card's memory that the first placement takes: a shape that is new runs beside what graphs of others keep."""
+        phases = self.phases.recorded_bytes(RECORDED[0]) + self.phases.largest
+        return self.steady + self.transformer + self.text_encoder + self.kept + phases
 
     @property
     def least(self) -> int:
