@@ -25,7 +25,7 @@ from millicent.engine.editor import Editor
 from millicent.engine.loading import choose_device
 from millicent.engine.settings import Settings
 from millicent.errors import MillicentError
-from millicent.model.text_encoder import read_tokenizer
+from millicent.model.tokenizer import read_tokenizer
 from recipes.demo.evaluate import BATCH, edit_numbers, to_image, to_pixels
 from recipes.demo.metrics import ciede2000, measure, psnr, ssim
 from recipes.demo.scenes import Scenes

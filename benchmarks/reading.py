@@ -28,7 +28,8 @@ from millicent.engine.fast_encoder import quantize_encoder
 from millicent.engine.planner import EncoderFormat
 from millicent.engine.reading import Reader
 from millicent.model.picture_processor import read_picture_processor
-from millicent.model.text_encoder import TextEncoder, read_tokenizer
+from millicent.model.text_encoder import TextEncoder
+from millicent.model.tokenizer import read_tokenizer
 
 PROMPT = "make the shirt navy blue, on a wooden table"
 PLENTY_BYTES = 1 << 30

@@ -31,7 +31,8 @@ from millicent.facts.models import ModelCard, find_card
 from millicent.model.config import MMDiTConfig, VAEConfig
 from millicent.model.mmdit import MMDiT
 from millicent.model.picture_processor import PictureProcessor
-from millicent.model.text_encoder import TextEncoder, build_plain_network, read_tokenizer
+from millicent.model.text_encoder import TextEncoder, build_plain_network
+from millicent.model.tokenizer import read_tokenizer
 from millicent.model.vae import VAE, convert_state
 
 
@@ -144,7 +145,7 @@ def make_text_encoder(
 
 
 def _text_encoder_config(size: Size) -> transformers.Qwen2_5_VLConfig:
-    tokenizer = read_tokenizer(demo.folder() / "tokenizer")
+    tokenizer = _read_tokenizer()
     assert len(tokenizer) <= size.vocab
     names = ("image_pad", "video_pad", "vision_start", "vision_end", "endoftext", "im_end")
     tokens = {name: int(tokenizer.convert_tokens_to_ids(f"<|{name}|>")) for name in names}
@@ -179,9 +180,14 @@ def _text_encoder_config(size: Size) -> transformers.Qwen2_5_VLConfig:
     )
 
 
+def _read_tokenizer() -> transformers.Qwen2Tokenizer:
+    tokenizer: transformers.Qwen2Tokenizer = transformers.Qwen2Tokenizer.from_pretrained(demo.folder() / "tokenizer")
+    return tokenizer
+
+
 def make_pipeline(size: Size, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> diffusers.QwenImageEditPlusPipeline:
     """All of it, with Lightning's schedule. Draw within benchmarks.reference's mended_positions and picture_areas."""
-    tokenizer = read_tokenizer(demo.folder() / "tokenizer")
+    tokenizer = _read_tokenizer()
     pipeline = diffusers.QwenImageEditPlusPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULERS["lightning"]),
         vae=make_vae(size, device, dtype),
@@ -223,7 +229,7 @@ def to_millicent(pipeline: diffusers.QwenImageEditPlusPipeline, card: ModelCard)
     encoder.load_state_dict(pipeline.text_encoder.model.state_dict(), assign=True)
     text_encoder = TextEncoder(
         encoder.requires_grad_(False).to(transformer.device),
-        pipeline.tokenizer,
+        read_tokenizer(demo.folder() / "tokenizer"),
         PictureProcessor.from_dict(pipeline.processor.image_processor.to_dict()),
         template=card.pipeline,
         max_prompt_tokens=card.max_prompt_tokens,

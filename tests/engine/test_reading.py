@@ -20,7 +20,8 @@ from millicent.engine.capture import Replays
 from millicent.engine.reading import Reader
 from millicent.errors import CheckpointError, InputError, PromptTooLongError
 from millicent.model.picture_processor import read_picture_processor
-from millicent.model.text_encoder import TextEncoder, build_network, build_plain_network, read_tokenizer
+from millicent.model.text_encoder import TextEncoder, build_network, build_plain_network
+from millicent.model.tokenizer import read_tokenizer
 
 # FP32 with sums in another order, through a handful of layers: some units in the last place of the largest value
 RELATIVE = 1e-5
@@ -100,10 +101,10 @@ def test_recorded_work_reads_the_same_bits(encoder: TextEncoder) -> None:
 
 def test_nothing_shows_of_the_padding(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = Reader(encoder, 0).read("navy", [LANDSCAPE])
-    pad_token = encoder.tokenizer.pad_token
-    encoder.tokenizer.pad_token = "a"
+    pad_id = encoder.tokenizer.pad_id
+    (encoder.tokenizer.pad_id,) = encoder.tokenize("a")
     assert torch.equal(Reader(encoder, 0).read("navy", [LANDSCAPE]), expected)
-    encoder.tokenizer.pad_token = pad_token
+    encoder.tokenizer.pad_id = pad_id
     monkeypatch.setattr("millicent.engine.reading.TOKENS_MULTIPLE", 1)
     found = Reader(encoder, 0).read("navy", [LANDSCAPE])
     torch.testing.assert_close(found, expected, rtol=0.0, atol=RELATIVE * expected.abs().max().item())

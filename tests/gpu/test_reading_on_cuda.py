@@ -16,6 +16,7 @@ from millicent.engine.reading import TOKENS_MULTIPLE, Reader
 from millicent.formats.fp8 import FP8Linear
 from millicent.model.picture_processor import PictureProcessor
 from millicent.model.text_encoder import TextEncoder
+from millicent.model.tokenizer import PromptTokenizer
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +39,8 @@ def make_encoder(name: str) -> TextEncoder:
     if name in ("bf16", "fp8"):
         quantize_encoder(network, CUDA, name)
     pictures = PictureProcessor(least_area_px=28 * 28)
-    return TextEncoder(network, tokenizer, pictures, template="edit-plus", max_prompt_tokens=64)
+    words = PromptTokenizer(tokenizer.backend_tokenizer, tokenizer.pad_token_id)
+    return TextEncoder(network, words, pictures, template="edit-plus", max_prompt_tokens=64)
 
 
 @pytest.fixture(scope="module", params=FORMATS)

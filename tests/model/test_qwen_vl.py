@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from millicent import demo
@@ -31,7 +32,7 @@ from millicent.model.qwen_vl import (
     rotary_text,
     run_language,
 )
-from millicent.model.text_encoder import build_network, build_plain_network, lay_out_tokens, read_tokenizer
+from millicent.model.text_encoder import build_network, build_plain_network, lay_out_tokens
 
 # FP32 with sums in another order, through a handful of layers: some units in the last place of the largest value
 RELATIVE = 1e-5
@@ -83,7 +84,7 @@ def load_demo() -> Tiny:
     state = load_file(folder / "text_encoder" / "model.safetensors")
     fill(network, {text_encoder_name(key): tensor for key, tensor in state.items() if not key.startswith("lm_head.")}, "demo")
     images = Qwen2VLImageProcessorPil.from_pretrained(folder / "processor")
-    return Tiny(network.float(), read_tokenizer(folder / "tokenizer"), images)
+    return Tiny(network.float(), Qwen2Tokenizer.from_pretrained(folder / "tokenizer"), images)
 
 
 @pytest.fixture(scope="module", params=[load_random, load_demo], ids=["random", "demo"])

@@ -1,15 +1,18 @@
 """Our modules of Qwen2.5-VL against transformers' own."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_text_encoder, make_tokenizer
+from transformers import Qwen2_5_VLConfig
 
 from millicent import demo
 from millicent.checkpoint.folder import read_json
 from millicent.errors import CheckpointError
+from millicent.model.qwen_vl_config import QwenVLConfig
 from millicent.model.text_encoder import build_network, build_plain_network
 
 DEMO = read_json(demo.folder() / "text_encoder" / "config.json")
@@ -35,6 +38,23 @@ TRUE: dict[str, Any] = {
         "fullatt_block_indexes": [7, 15, 23, 31],
         "tokens_per_second": 2,
     },
+}
+
+# as transformers 4.5x writes it: the language model's numbers twice, with a "null" here and there
+FLAT_AND_NESTED: dict[str, Any] = {
+    **TRUE,
+    "text_config": {
+        **{key: value for key, value in TRUE.items() if key not in ("vision_config", "num_key_value_heads")},
+        "model_type": "qwen2_5_vl_text",
+        "num_key_value_heads": None,
+        "layer_types": ["full_attention"] * 28,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "max_window_layers": 28,
+    },
+    "image_token_id": 151655,
+    "vision_end_token_id": 151653,
+    "vision_config": {**TRUE["vision_config"], "in_chans": 3, "spatial_patch_size": 14},
 }
 
 
@@ -73,8 +93,63 @@ def test_what_is_no_parameter_is_transformers_own(config: dict[str, Any]) -> Non
     assert len(activations) == ours.config.vision_config.depth + ours.config.text_config.num_hidden_layers + 1
     for name in activations:
         assert torch.equal(ours.get_submodule(name)(x), modules[name](x))
-    for name in ("", "visual", "language_model"):
-        assert ours.get_submodule(name).config.to_dict() == modules[name].config.to_dict()  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize("config", [TRUE, FLAT_AND_NESTED, DEMO, random_config()], ids=["true", "newer", "demo", "random"])
+def test_the_config_is_what_transformers_reads(config: dict[str, Any]) -> None:
+    before = copy.deepcopy(config)
+    ours, theirs = QwenVLConfig.from_dict(config), Qwen2_5_VLConfig.from_dict(copy.deepcopy(config))
+    assert config == before
+    for found, wanted in ((ours, theirs), (ours.text_config, theirs.text_config), (ours.vision_config, theirs.vision_config)):
+        for field in dataclasses.fields(found):
+            if field.name not in ("text_config", "vision_config", "rope_parameters"):
+                told = getattr(wanted, field.name)
+                assert getattr(found, field.name) == (tuple(told) if isinstance(told, list) else told), field.name
+    for part in ("text_config", "vision_config"):
+        rope, read = getattr(ours, part).rope_parameters, getattr(theirs, part).rope_parameters
+        assert rope.items() <= read.items(), part
+    assert ours.text_config.rope_parameters.keys() >= {"rope_type", "rope_theta", "mrope_section"}
+
+
+def test_what_slides_is_seen_as_transformers_sees_it() -> None:
+    for changes in ({"sliding_window": 64}, {"max_window_layers": 5}, {"max_window_layers": None}):
+        config = {**TRUE, "use_sliding_window": True, **changes}
+        if changes.get("max_window_layers", 0) is None:
+            del config["max_window_layers"]
+        wanted = Qwen2_5_VLConfig.from_dict(copy.deepcopy(config)).text_config.layer_types
+        assert QwenVLConfig.from_dict(config).text_config.layer_types == tuple(wanted)
+
+
+BAD_CONFIGS = {
+    "hidden_size": (None, "lacks hidden_size"),
+    "num_hidden_layers": ("28", "num_hidden_layers = '28'"),
+    "vocab_size": (0, "vocab_size = 0"),
+    "rms_norm_eps": (float("nan"), "rms_norm_eps = nan"),
+    "num_key_value_heads": (5, "5 of keys and values"),
+    "layer_types": ([28], "words was wanted"),
+    "rope_theta": (-1.0, "rope_theta = -1.0"),
+    "rope_scaling": ({"type": "mrope"}, "mrope_section is None"),
+    "vision_config": ({}, "lacks depth"),
+    "image_token_id": (True, "image_token_id = True"),
+}
+
+
+@pytest.mark.parametrize("key", BAD_CONFIGS)
+def test_a_config_that_cannot_be_is_refused(key: str) -> None:
+    value, told = BAD_CONFIGS[key]
+    with pytest.raises(CheckpointError, match=told):
+        build_network({**TRUE, key: value})
+
+
+def test_a_vision_tower_that_cannot_be_is_refused() -> None:
+    for changes, told in (
+        ({"num_heads": 3}, "for 3 heads"),
+        ({"window_size": 100}, "windows of 100"),
+        ({"patch_size": [14, 14]}, "patch_size"),
+        ({"fullatt_block_indexes": 7}, "whole numbers"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            build_network({**TRUE, "vision_config": {**TRUE["vision_config"], **changes}})
 
 
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])

@@ -14,18 +14,17 @@ from torch import Tensor
 from millicent.checkpoint.architecture import text_encoder_name
 from millicent.checkpoint.folder import read_json
 from millicent.checkpoint.load import fill
-from millicent.errors import CheckpointError, IncompleteModelError, InputError, PromptTooLongError, WeightsMismatchError
+from millicent.errors import CheckpointError, InputError, PromptTooLongError, WeightsMismatchError
 from millicent.model.picture_processor import read_picture_processor
 from millicent.model.prompt import SYSTEM_PREFIX
 from millicent.model.qwen_vl import cut_patches
 from millicent.model.text_encoder import (
     TextEncoder,
-    begin_tokenizer,
     build_network,
     build_plain_network,
     lay_out_tokens,
-    read_tokenizer,
 )
+from millicent.model.tokenizer import read_tokenizer
 
 # the same operations in the same order, but for the batch's shape: a few units in the last place of values near 3
 FP32_TOLERANCE = {"atol": 2e-5, "rtol": 0.0}
@@ -101,7 +100,7 @@ def test_the_state_is_taken_after_the_final_norm(encoder: TextEncoder) -> None:
 
 def test_the_prefix_is_counted_not_assumed(encoder: TextEncoder) -> None:
     assert encoder.prefix_tokens == len(make_tokenizer()(SYSTEM_PREFIX)["input_ids"]) == 64
-    ids = encoder.tokenizer(SYSTEM_PREFIX + "Picture 1: x")["input_ids"]
+    ids = encoder.tokenize(SYSTEM_PREFIX + "Picture 1: x")
     assert encoder.tokenizer.decode(ids[:64]) == SYSTEM_PREFIX
 
 
@@ -183,15 +182,3 @@ def test_a_text_encoder_without_eyes_is_refused(tiny_folder: Path) -> None:
 def test_another_architecture_is_refused(build: Callable[..., object]) -> None:
     with pytest.raises(CheckpointError, match="qwen3_vl"):
         build({"model_type": "qwen3_vl"})
-
-
-def test_an_empty_folder_is_no_tokenizer(tmp_path: Path) -> None:
-    for read in (read_tokenizer, lambda folder: begin_tokenizer(folder)()):
-        with pytest.raises(IncompleteModelError, match=r"vocab\.json"):
-            read(tmp_path)
-
-
-def test_a_tokenizer_is_read_in_the_background(tiny_folder: Path) -> None:
-    wait = begin_tokenizer(tiny_folder / "tokenizer")
-    assert wait()(SYSTEM_PREFIX)["input_ids"] == read_tokenizer(tiny_folder / "tokenizer")(SYSTEM_PREFIX)["input_ids"]
-    assert wait() is wait()

@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +44,7 @@ from millicent.model.config import MMDiTConfig, VAEConfig
 from millicent.model.mmdit import MMDiT
 from millicent.model.picture_processor import read_picture_processor
 from millicent.model.text_encoder import TextEncoder
+from millicent.model.tokenizer import PromptTokenizer, read_tokenizer
 from millicent.model.vae import VAE
 
 # not FP16: the transformer's activations reach 1e7
@@ -59,8 +59,8 @@ LATENTS_BYTES = 64 << 20  # of what the VAE made of pictures; one of 1024x1024 t
 class Model:
     """Everything that an edit runs on. fast, reader, latents: None where the plain networks draw, read and encode.
 
-    wait_for_sha256: gives weights_sha256. loading_s: seconds that loading took, by step: headers are read, each part is mapped and
-    checked, and all are laid out on the card.
+    wait_for_sha256: gives weights_sha256. loading_s: seconds that loading took, by step: tokenizer and headers are read, each part
+    is mapped and checked, and all are laid out on the card.
     latents: (1, 16, h, w) of the pictures that the VAE saw last, by caches.image_key of what it saw.
     schedule: how the folder's scheduler shifts the base schedule. warnings: what to know of the weights.
     residency: where weights lie, and what moves them; None on a CPU.
@@ -138,9 +138,9 @@ def load_model(
             f"{path} is a folder for {folder.pipeline}; the card {card.name} is for {card.pipeline}.",
             "Correct the card.",
         )
-    # importing its reader and reading it take a second or more, and fit beside the weights
-    wait_for_tokenizer = text_encoder.begin_tokenizer(path / "tokenizer")
     seconds: dict[str, float] = {}
+    with _timed(seconds, "tokenizer"):
+        tokenizer = read_tokenizer(path / "tokenizer")
     with _timed(seconds, "headers"):
         parts = {network: find_part(network, path / network, files.get(network), path) for network in NETWORKS}
     transformer = parts["transformer"]
@@ -173,12 +173,12 @@ def load_model(
         encoder = _load_text_encoder(
             path,
             parts["text_encoder"],
+            tokenizer,
             card,
             device if plan is None else HOST,
             dtype,
             is_plain=plan is None,
             checks_codes=checks_codes,
-            wait_for_tokenizer=wait_for_tokenizer,
         )
     model = Model(
         card=card,
@@ -316,17 +316,15 @@ def _load_vae(part: Path, found: FoundPart, dtype: torch.dtype) -> VAE:
 def _load_text_encoder(
     path: Path,
     found: FoundPart,
+    tokenizer: PromptTokenizer,
     card: ModelCard,
     device: torch.device,
     dtype: torch.dtype,
     *,
     is_plain: bool,
     checks_codes: bool,
-    wait_for_tokenizer: Callable[[], Any],
 ) -> TextEncoder:
     """is_plain: transformers runs the network, and is imported whole; else model.qwen_vl does."""
-    # first, so that no two threads import transformers
-    tokenizer = wait_for_tokenizer()
     build = text_encoder.build_plain_network if is_plain else text_encoder.build_network
     network = build(read_json(path / "text_encoder" / "config.json"))
     load_network(network, found.component, found.source, dtype, keep_codes=True, checks_codes=checks_codes)

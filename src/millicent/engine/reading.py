@@ -149,7 +149,7 @@ class Reader:
 
     def go_on(self, ids: Sequence[int], opening: Opening) -> Tensor:
         """The last hidden states (1, T, C) of the T tokens that follow an opening."""
-        padding = [self.text_encoder.tokenizer.pad_token_id] * (-len(ids) % TOKENS_MULTIPLE)
+        padding = [self.text_encoder.tokenizer.pad_id] * (-len(ids) % TOKENS_MULTIPLE)
         padded = [*ids, *padding]
         start = opening.next_position
         positions = torch.arange(start, start + len(padded), device=self.device).expand(3, -1)

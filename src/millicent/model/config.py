@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 from millicent.errors import CheckpointError
@@ -29,6 +31,17 @@ def _pick(cls: type, config: Mapping[str, Any], ignored: Mapping[str, Any]) -> d
                 "Use a Qwen-Image-Edit, -2509 or -2511 folder (Layered and 2.1 are other networks).",
             )
     return {key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if key in known}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CheckpointError for a file that holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.", "Fetch the whole model again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object.", "Fetch the whole model again.")
+    return value
 
 
 ANY = object()

@@ -5,7 +5,6 @@ The arithmetic is that of transformers' Qwen2VLImageProcessorPil, to the bit, wi
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from millicent.errors import CheckpointError, IncompleteModelError
+from millicent.model.config import read_json
 
 # beyond it transformers refuses a picture; images.size_for_area does so before
 LONGEST_TO_SHORTEST = 200
@@ -95,22 +95,12 @@ def read_picture_processor(folder: Path) -> PictureProcessor:
     """
     joined, alone = folder / "processor_config.json", folder / "preprocessor_config.json"
     if joined.is_file():
-        nested = _read_json(joined).get("image_processor")
+        nested = read_json(joined).get("image_processor")
         if isinstance(nested, dict):
             return PictureProcessor.from_dict(nested)
     if not alone.is_file():
         raise IncompleteModelError(f"{alone} is missing.", "Fetch the whole model again.")
-    return PictureProcessor.from_dict(_read_json(alone))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.", "Fetch the whole model again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object.", "Fetch the whole model again.")
-    return value
+    return PictureProcessor.from_dict(read_json(alone))
 
 
 def _areas(given: Mapping[str, Any], plain: Mapping[str, int]) -> dict[str, Any]:

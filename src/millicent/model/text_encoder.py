@@ -1,10 +1,10 @@
 """Qwen2.5-VL as the text encoder: it reads the prompt together with the pictures, and its last hidden state is what
 the transformer is told. The template, the token layout and the positions are ours, so that they cannot change with the version
-of transformers, which has the tokenizer and reads the network's config.
+of transformers.
 
 The network comes in two kinds with the same parameters: transformers' own, which TextEncoder.encode runs, and ours, without
-a forward pass, for model/qwen_vl.py. What of transformers runs networks is imported with the former alone: it takes two seconds,
-or six where files come slowly. The rest is imported where it is used, so that it can be beside the reading of weights.
+a forward pass, for model/qwen_vl.py. transformers is imported with the former alone: it takes two seconds, or eight where files
+come slowly.
 
 Without positions of its own a call to transformers 5 falls back on plain text positions, in silence, for picture tokens
 too (huggingface/diffusers issue 14194); the model was trained with rows and columns.
@@ -14,26 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from millicent.errors import CheckpointError, IncompleteModelError, PromptTooLongError
+from millicent.errors import CheckpointError, PromptTooLongError
 from millicent.model.picture_processor import PictureProcessor
 from millicent.model.prompt import IMAGE_PAD, SYSTEM_PREFIX, edit_plus_prompt, edit_prompt
+from millicent.model.qwen_vl_config import QwenVLConfig
 from millicent.model.qwen_vl_layers import QwenVL
+from millicent.model.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
-    from transformers import Qwen2_5_VLConfig, Qwen2Tokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 # told before anything is read, though it is needed later
@@ -52,7 +49,7 @@ class TextEncoder:
     def __init__(
         self,
         network: nn.Module,
-        tokenizer: Qwen2Tokenizer,
+        tokenizer: PromptTokenizer,
         pictures: PictureProcessor,
         *,
         template: Literal["edit", "edit-plus"],
@@ -91,7 +88,7 @@ class TextEncoder:
 
     def tokenize(self, text: str) -> list[int]:
         """Its tokens, one for each <|image_pad|> still."""
-        return list(self.tokenizer(text)["input_ids"])
+        return self.tokenizer.encode(text)
 
     def fill_template(self, prompt: str, images: int) -> str:
         """The text that the model reads for a prompt with so many pictures. Raises InputError for a control token in it."""
@@ -134,7 +131,7 @@ class TextEncoder:
         """Last hidden states (B, T, C). Padded on the right, where a causal network's tokens never look: no mask."""
         device = next(self.network.parameters()).device
         longest = max(len(ids) for ids, _ in rows)
-        input_ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=torch.long)
+        input_ids = torch.full((len(rows), longest), self.tokenizer.pad_id, dtype=torch.long)
         positions = torch.zeros((3, len(rows), longest), dtype=torch.long)
         for row, (ids, row_positions) in enumerate(rows):
             input_ids[row, : len(ids)] = torch.tensor(ids)
@@ -183,7 +180,7 @@ def build_network(config: Mapping[str, Any]) -> QwenVL:
 
     Raises CheckpointError for another architecture.
     """
-    read = _read_config(config)
+    read = QwenVLConfig.from_dict(config)
     with torch.device("meta"):
         network = QwenVL(read)
     return network.requires_grad_(False).eval()
@@ -191,22 +188,12 @@ def build_network(config: Mapping[str, Any]) -> QwenVL:
 
 def build_plain_network(config: Mapping[str, Any]) -> nn.Module:
     """transformers' own network with the parameters of build_network's, which it runs itself, and model.qwen_vl runs as well."""
-    from transformers import Qwen2_5_VLModel
+    QwenVLConfig.from_dict(config)  # transformers would build another architecture, or take sizes that are missing from elsewhere
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
     with _parameters_on_meta():
-        network: nn.Module = Qwen2_5_VLModel(_read_config(config))
+        network: nn.Module = Qwen2_5_VLModel(Qwen2_5_VLConfig.from_dict(dict(config)))
     return network.train(False)
-
-
-def _read_config(config: Mapping[str, Any]) -> Qwen2_5_VLConfig:
-    from transformers import Qwen2_5_VLConfig
-
-    if config.get("model_type") != "qwen2_5_vl":
-        raise CheckpointError(
-            f"The text encoder is {config.get('model_type')!r}; Qwen-Image-Edit has qwen2_5_vl.",
-            "Use a Qwen-Image-Edit, -2509 or -2511 folder.",
-        )
-    return Qwen2_5_VLConfig.from_dict(dict(config))
 
 
 @contextlib.contextmanager
@@ -226,36 +213,6 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def begin_tokenizer(folder: Path) -> Callable[[], Qwen2Tokenizer]:
-    """As read_tokenizer, in the background: returns a function that waits for it and raises what it raises."""
-    tokenizer = Future[Any]()
-
-    def read() -> None:
-        try:
-            # what reads the network's config as well: it is wanted next
-            importlib.import_module("transformers.models.qwen2_5_vl.configuration_qwen2_5_vl")
-            tokenizer.set_result(read_tokenizer(folder))
-        except BaseException as error:  # else whoever waits for it would wait forever
-            tokenizer.set_exception(error)
-
-    # an executor's thread would hold up the end of the process
-    threading.Thread(target=read, name="tokenizer", daemon=True).start()
-    return tokenizer.result
-
-
-def read_tokenizer(folder: Path) -> Qwen2Tokenizer:
-    """Read a tokenizer folder. Raises IncompleteModelError where transformers would make an empty tokenizer."""
-    from transformers import Qwen2Tokenizer
-
-    if not (folder / "tokenizer.json").is_file():
-        for name in ("vocab.json", "merges.txt"):
-            _check_file(folder / name)
-    tokenizer: Qwen2Tokenizer = Qwen2Tokenizer.from_pretrained(folder)
-    if tokenizer.convert_tokens_to_ids(IMAGE_PAD) in (None, tokenizer.unk_token_id):
-        raise CheckpointError(f"The tokenizer in {folder} does not know {IMAGE_PAD}.", "Fetch the tokenizer again.")
-    return tokenizer
-
-
 def build_image_processor(pictures: PictureProcessor) -> Qwen2VLImageProcessorPil:
     """transformers' own image processor, which cuts pictures into patches, with our numbers."""
     # by its own module: the name in the package's root asks for torchvision
@@ -271,11 +228,6 @@ def build_image_processor(pictures: PictureProcessor) -> Qwen2VLImageProcessorPi
         image_mean=list(pictures.mean),
         image_std=list(pictures.std),
     )
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise IncompleteModelError(f"{path} is missing.", "Fetch the whole model again.")
 
 
 def _check_image_token(network: nn.Module, image_token_id: int) -> None:
