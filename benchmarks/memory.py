@@ -153,19 +153,24 @@ def measure_memory(device: torch.device) -> dict[str, Any]:
     """
     free, total = torch.cuda.mem_get_info(device)
     own = total - free - torch.cuda.memory_reserved(device)
-    graphs = idle_of_graphs(torch.cuda.memory_snapshot())
+    pools = idle_of_graphs(torch.cuda.memory_snapshot())
+    graphs = sum(pools)
     return {
         "peak_gib": round((torch.cuda.max_memory_allocated(device) + graphs + own) / GIB, 3),
-        "graphs_gib": round(graphs / GIB, 3),
+        "graphs_gib": [round(size / GIB, 3) for size in pools],
         "peak_reserved_gib": round((torch.cuda.max_memory_reserved(device) + own) / GIB, 3),
         "context_gib": round(own / GIB, 3),
     }
 
 
-def idle_of_graphs(segments: Sequence[Mapping[str, Any]]) -> int:
-    """Bytes of the allocator's segments that are in a pool of graphs' and hold no tensor."""
-    ours = [segment for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0)]
-    return sum(int(segment["total_size"]) - int(segment["allocated_size"]) for segment in ours)
+def idle_of_graphs(segments: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Bytes of each pool of graphs' that hold no tensor, in the order in which they were made: see speed_up_model."""
+    idle: dict[tuple[int, ...], int] = {}
+    for segment in segments:
+        pool = tuple(segment["segment_pool_id"])
+        if pool != (0, 0):
+            idle[pool] = idle.get(pool, 0) + int(segment["total_size"]) - int(segment["allocated_size"])
+    return [idle[pool] for pool in sorted(idle)]
 
 
 def tell_placement(placement: Any, wave: int) -> dict[str, Any]:

@@ -43,4 +43,4 @@ def test_what_graphs_keep_for_themselves_is_counted() -> None:
         {"segment_pool_id": (0, 1), "total_size": 20, "allocated_size": 5},
         {"segment_pool_id": (3, 0), "total_size": 8, "allocated_size": 0},
     ]
-    assert idle_of_graphs(segments) == 23
+    assert idle_of_graphs(segments) == [15, 8]

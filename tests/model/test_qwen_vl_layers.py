@@ -13,6 +13,7 @@ from millicent import demo
 from millicent.checkpoint.folder import read_json
 from millicent.errors import CheckpointError
 from millicent.model.qwen_vl_config import QwenVLConfig
+from millicent.model.sizes import QwenVLSizes
 from millicent.model.text_encoder import build_network, build_plain_network
 
 DEMO = read_json(demo.folder() / "text_encoder" / "config.json")
@@ -105,6 +106,8 @@ def test_the_config_is_what_transformers_reads(config: dict[str, Any]) -> None:
             if field.name not in ("text_config", "vision_config", "rope_parameters"):
                 told = getattr(wanted, field.name)
                 assert getattr(found, field.name) == (tuple(told) if isinstance(told, list) else told), field.name
+    assert QwenVLConfig.from_dict(ours.to_dict()) == ours
+    assert QwenVLSizes.from_dict(ours.to_dict()) == QwenVLSizes.from_dict(theirs.to_dict())
     for part in ("text_config", "vision_config"):
         rope, read = getattr(ours, part).rope_parameters, getattr(theirs, part).rope_parameters
         assert rope.items() <= read.items(), part

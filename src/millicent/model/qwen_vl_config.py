@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Self, TypeGuard, TypeVar
 
 from millicent.errors import CheckpointError
 
 _FIX = "Use the text encoder of a Qwen-Image-Edit, -2509 or -2511 folder."
+_MODEL_TYPE = "qwen2_5_vl"
 _LANGUAGE_THETA, _VISION_THETA = 1e6, 1e4
 Config = TypeVar("Config")
 
@@ -98,14 +99,18 @@ class QwenVLConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Read a text_encoder/config.json, of either of transformers' layouts. Raises CheckpointError for another architecture."""
-        if config.get("model_type") != "qwen2_5_vl":
-            raise CheckpointError(f"The text encoder is {config.get('model_type')!r}; Qwen-Image-Edit has qwen2_5_vl.", _FIX)
+        if config.get("model_type") != _MODEL_TYPE:
+            raise CheckpointError(f"The text encoder is {config.get('model_type')!r}; Qwen-Image-Edit has {_MODEL_TYPE}.", _FIX)
         return _fill(
             cls,
             config,
             vision_config=VisionConfig.from_dict(config.get("vision_config") or {}),
             text_config=LanguageConfig.from_dict(config.get("text_config") or config),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What from_dict reads, as transformers' config has it too."""
+        return {"model_type": _MODEL_TYPE, **asdict(self)}
 
 
 def _rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
