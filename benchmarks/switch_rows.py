@@ -23,10 +23,11 @@ from millicent.engine import fast_vae
 from millicent.engine.editor import Editor
 from millicent.engine.fast_vae import CapturedVAE
 from millicent.engine.laying_out import FastDrawing
-from millicent.engine.loading import CACHE_BYTES, Model, speed_up_model
+from millicent.engine.loading import Model, speed_up_model
 from millicent.engine.planner import EncoderFormat, Plan, plan
 from millicent.engine.reading import Reader
 from millicent.engine.settings import Settings
+from millicent.engine.weighing import TEXT_CACHE_BYTES
 from millicent.kernels import Kernels, reference
 from millicent.model.layers import FinalNorm
 
@@ -140,7 +141,7 @@ def forget_all_but(*kept: Literal["pictures", "openings", "embeddings", "latents
 
 @contextmanager
 def with_eager_reader(model: Model) -> Iterator[Model]:
-    yield dataclasses.replace(model, reader=Reader(model.text_encoder, CACHE_BYTES, uses_graphs=False))
+    yield dataclasses.replace(model, reader=Reader(model.text_encoder, TEXT_CACHE_BYTES, uses_graphs=False))
 
 
 def with_vae(pipeline: diffusers.QwenImageEditPlusPipeline, size: Size, *, kernel: bool, graphs: bool) -> Turn:

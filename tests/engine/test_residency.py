@@ -45,8 +45,7 @@ def weigh(model: Model, chosen: Plan) -> Components:
 
 
 def place(parts: Components, share: float) -> Placement:
-    all_layers = parts.steady + parts.kept + parts.phases.largest + parts.transformer + parts.text_encoder
-    return place_on_card(parts, parts.least + round(share * (all_layers - parts.least)))
+    return place_on_card(parts, parts.least + round(share * (parts.resident - parts.least)))
 
 
 def make_requests() -> list[EditRequest]:

@@ -57,10 +57,12 @@ def load(kind: str, share: float | None, area_px: int = 256 * 256, shared_as: st
     chosen = plan(SETTINGS[kind], torch.cuda.get_device_capability(), torch.cuda.get_device_name())
     assert chosen is not None
     parts = fitting.weigh_model(fitting.sizes_of(model), fitting.usual_work(card), chosen, CUDA)
-    layers = parts.steady + parts.kept + parts.phases.largest + parts.transformer + parts.text_encoder - parts.least
-    placement = place_on_card(parts, parts.whole if share is None else parts.least + round(share * layers))
-    if changes.get("resident_encoder_layers", len(parts.encoder_sizes)) < len(parts.encoder_sizes):
-        placement = dataclasses.replace(placement, recorded=())  # as where a placement streams it by itself
+    free_bytes = parts.whole if share is None else parts.least + round(share * (parts.resident - parts.least))
+    placement = place_on_card(parts, free_bytes)
+    resident = changes.get("resident_encoder_layers", placement.resident_encoder_layers)
+    if placement.in_turn and resident == len(parts.encoder_sizes):
+        # as larger models have it, whose recorded passes take little memory beside their layers
+        placement = dataclasses.replace(placement, recorded=("text",))
     return speed_up_model(model, chosen, dataclasses.replace(placement, **changes), shared_as)  # type: ignore[arg-type]
 
 

@@ -34,7 +34,7 @@ from millicent.engine.residency import Residency
 from millicent.engine.sampler import BaseSchedule
 from millicent.engine.settings import Settings
 from millicent.engine.uploading import SpecialCodesError, uploading
-from millicent.engine.weighing import RECORDED
+from millicent.engine.weighing import LATENTS_CACHE_BYTES, RECORDED, TEXT_CACHE_BYTES
 from millicent.engine.workload import read_sizes
 from millicent.errors import CheckpointError, IncompleteModelError, InputError, MachineError
 from millicent.facts.models import ModelCard
@@ -51,8 +51,6 @@ from millicent.model.vae import VAE
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HOST = torch.device("cpu")
 DEFAULT_SETTINGS = Settings()
-CACHE_BYTES = 512 << 20  # of what was read of pictures and prompts; 270 tokens of keys and values take 16 MB
-LATENTS_BYTES = 64 << 20  # of what the VAE made of pictures; one of 1024x1024 takes half a megabyte in BF16
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,8 +259,8 @@ def speed_up_model(
     recorded = RECORDED[0] if placement is None else placement.recorded
     fast.network.record("denoise" in recorded)
     hold = nullcontext if residency is None or not residency.has_slabs else residency.text_encoder.held
-    reader = Reader(model.text_encoder, CACHE_BYTES, uses_graphs="text" in recorded, hold=hold)
-    latents = ByteBudgetCache[str, Tensor](LATENTS_BYTES)
+    reader = Reader(model.text_encoder, TEXT_CACHE_BYTES, uses_graphs="text" in recorded, hold=hold)
+    latents = ByteBudgetCache[str, Tensor](LATENTS_CACHE_BYTES)
     vae: VAE | CapturedVAE = model.vae
     if on_card:
         speed_up(model.vae)

@@ -49,7 +49,7 @@ def needs_of(model: str, asked: str | None, machine: Machine, present_bytes: int
     parts = weigh_plan(of.model, of.work, formats, capability)
     free_bytes = card.free_mib * MIB if card else 0
     placement = _place(parts, free_bytes) if chosen else None
-    has_room = free_bytes >= parts.whole
+    has_room = free_bytes >= parts.resident
     slower, waves = (1.0, ()) if card is None or placement is None else _judge(of, machine, card, gpu, formats, placement)
     return Needs(
         model=model,
@@ -57,12 +57,12 @@ def needs_of(model: str, asked: str | None, machine: Machine, present_bytes: int
         repo=facts.repo,
         download_bytes=max(0, _published_bytes(facts) - present_bytes),
         weights_bytes=parts.weights,
-        working_bytes=parts.whole - parts.weights,
+        working_bytes=parts.resident - parts.weights,
         least_card_bytes=parts.least,
         host_bytes=placement.needed_host_bytes if placement else HOST_BASE_BYTES + parts.embedding,
         pinned_bytes=placement.pinned_bytes if placement else 0,
         link_bytes=placement.exchanged_bytes + placement.edit_bytes(of.work) if placement else 0,
-        placed=_tell(placement, slower, waves) if placement and not has_room else None,
+        placed=_tell(placement, slower, waves) if placement and not placement.records_graphs else None,
         slower=slower,
         other_formats=() if has_room else _list_fitting(of.model, of.work, capability, free_bytes, formats.format),
     )
@@ -107,7 +107,7 @@ def _list_fitting(
 ) -> tuple[Format, ...]:
     """The other formats in which all weights stay on the card."""
     found = [_choose(Settings(format=each), capability) for each in FORMATS if each != chosen]
-    return tuple(each.format for each in found if each and weigh_plan(model, work, each, capability).whole <= free_bytes)
+    return tuple(each.format for each in found if each and weigh_plan(model, work, each, capability).resident <= free_bytes)
 
 
 def _published_bytes(card: ModelFacts) -> int:

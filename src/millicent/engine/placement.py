@@ -186,8 +186,8 @@ def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
     """Text encoder first, then transformer, each whole or in pieces. Raises MachineError where not even pieces fit."""
     _check_least(parts, free_bytes)
     blocks, layers = parts.blocks, parts.encoder_sizes
-    # all that lies there begins at a multiple
-    arena_bytes = min(free_bytes - parts.beside, parts.transformer + parts.text_encoder) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    recorded = _record_in_turn(parts, free_bytes)
+    arena_bytes = _arena_bytes(parts, free_bytes, recorded)
     resident, resident_layers = count_resident(blocks, arena_bytes), count_resident(layers, arena_bytes)
     drawing, reading = lay_out_arena(blocks, layers, resident, resident_layers, arena_bytes)
     streamed_step = streamed_bytes(blocks, spread(len(blocks), resident))
@@ -196,8 +196,6 @@ def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
     streamed_language = streamed_bytes(layers[first_language:], stays[first_language:])
     streamed_text = streamed_language + streamed_bytes(layers[:first_language], stays[:first_language])
     exchanged = overlapped_bytes(blocks, drawing, reading) + overlapped_bytes(layers, reading, drawing)
-    # while a recorded pass runs all layers are there (Stack.held)
-    recorded = ("text",) if resident_layers == len(layers) else ()
     told = f"text encoder and transformer do not fit together: they lie on the card in turn, in {arena_bytes / _GIB:.1f} GiB"
     return Placement(
         parts=(
@@ -220,6 +218,21 @@ def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
         free_bytes=free_bytes,
         because=f"{told}; {exchanged / _GIB:.1f} GiB are exchanged for a wave of pictures" if exchanged else told,
     )
+
+
+def _arena_bytes(parts: Components, free_bytes: int, recorded: tuple[str, ...]) -> int:
+    """Of what is free, as much as both networks' layers take at most; all that lies there begins at a multiple."""
+    size_bytes = min(free_bytes - parts.beside(recorded), parts.transformer + parts.text_encoder)
+    return size_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+
+
+def _record_in_turn(parts: Components, free_bytes: int) -> tuple[str, ...]:
+    """The text encoder's passes, where no layer has to be streamed for that: it would cost more than it saves."""
+    recorded = RECORDED[-2]
+    arena_bytes = _arena_bytes(parts, free_bytes, recorded)
+    # while a recorded pass runs all layers are there (Stack.held)
+    fits = all(count_resident(sizes, arena_bytes) == len(sizes) for sizes in (parts.blocks, parts.encoder_sizes))
+    return recorded if fits else ()
 
 
 def _in_turn(name: str, layer_sizes: Sequence[int], resident: int, places: Places, streamed_told: str) -> PlacedPart:

@@ -12,12 +12,16 @@ from millicent.model.sizes import BF16_BYTES, ModelSizes, Workload
 # CUDA's own, with its kernels: 0.76 to 0.79 GiB on an H200 (benchmarks.memory)
 CONTEXT_BYTES = 800 << 20
 SLACK_BYTES = 256 << 20  # lost between the allocator's pieces
-CACHE_BYTES = (512 + 64) << 20  # of what was read and encoded (engine/loading.py)
+TEXT_CACHE_BYTES = 256 << 20  # of what was read of pictures and prompts; 270 tokens of keys and values take 16 MB
+LATENTS_CACHE_BYTES = 32 << 20  # of what the VAE made of pictures; one of 1024x1024 takes half a megabyte in BF16
 # of the phases, which are recorded as graphs: as many as fit. What a host launches at once saves most where launches are many and
 # small, as in the text encoder, and next where they are many
 RECORDED: tuple[tuple[str, ...], ...] = (("text", "VAE encode", "denoise", "VAE decode"), ("text", "denoise"), ("text",), ())
-# whose graphs share one pool of memory (engine/capture.py), as large as the largest of them
-_POOLS = (("text",), ("VAE encode", "VAE decode"), ("denoise",))
+# whose graphs share one pool of memory (engine/capture.py), and how many times as large it is as the larger of them: what passes
+# ask for in turn cuts it up, and nothing of it can be given back (benchmarks.memory, at true size on an H200)
+_POOLS = ((("text",), 2.6), (("VAE encode", "VAE decode"), 1.85), (("denoise",), 1.55))
+# beside each: cuBLAS's workspaces of its own stream, and what its graphs are fed and what they made
+_RECORDER_BYTES = 160 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +39,11 @@ class Phases:
 
     def recorded_bytes(self, recorded: Sequence[str]) -> int:
         """What the graphs of some phases keep, whatever runs."""
-        size_of = dict(self.named)
-        return sum(max((size_of[name] for name in pool if name in recorded), default=0) for pool in _POOLS)
+        size_of, total = dict(self.named), 0
+        for names, times in _POOLS:
+            largest = max((size_of[name] for name in names if name in recorded), default=0)
+            total += round(times * largest) + _RECORDER_BYTES if largest else 0
+        return total
 
     @property
     def named(self) -> tuple[tuple[str, int], ...]:
@@ -62,20 +69,20 @@ class Components:
     vae: int
     kept: int
     phases: Phases
-    caches: int = CACHE_BYTES
+    caches: int = TEXT_CACHE_BYTES + LATENTS_CACHE_BYTES
 
     @property
     def steady(self) -> int:
         """What lies on the card under every placement."""
         return CONTEXT_BYTES + SLACK_BYTES + self.edges + self.encoder_edges + self.table + self.vae + self.caches
 
-    @property
-    def beside(self) -> int:
-        """On the card beside layers that lie there in turn: the text encoder's recorded passes keep their memory while others run.
+    def beside(self, recorded: Sequence[str] = ()) -> int:
+        """On the card beside the layers. Recorded passes keep their memory while others run.
 
-        What is kept of references stays from one edit to the next (engine/transformer.py), so that a reading has it beside it too.
+        So does what is kept of references: it stays from one edit to the next (engine/transformer.py), so that a reading has it
+        beside it too.
         """
-        return self.steady + self.kept + self.phases.text + self.phases.largest
+        return self.steady + self.kept + self.phases.recorded_bytes(recorded) + self.phases.largest
 
     @property
     def transformer(self) -> int:
@@ -93,13 +100,17 @@ class Components:
     @property
     def whole(self) -> int:
         """Of a card's memory that the first placement takes: a shape that is new runs beside what graphs of others keep."""
-        phases = self.phases.recorded_bytes(RECORDED[0]) + self.phases.largest
-        return self.steady + self.transformer + self.text_encoder + self.kept + phases
+        return self.resident + self.phases.recorded_bytes(RECORDED[0])
+
+    @property
+    def resident(self) -> int:
+        """Of a card's memory, for all weights to stay there: with nothing recorded."""
+        return self.beside() + self.transformer + self.text_encoder
 
     @property
     def least(self) -> int:
         """Of a card's memory that the last placement takes, with all weights streamed."""
-        return self.beside + RING_SLOTS * max(*self.blocks, *self.encoder_sizes)
+        return self.beside() + RING_SLOTS * max(*self.blocks, *self.encoder_sizes)
 
 
 def weigh(

@@ -87,10 +87,11 @@ def check_memory(machine: Machine, needs: Needs) -> Finding | None:
     found = f"{show_gib(free)} free of {show_gib(card.memory_mib * MIB)}"
     parts = f"{show_gib(needs.weights_bytes)} of weights, {show_gib(needs.working_bytes)} beside them"
     wanted = f"{show_gib(needs.card_bytes)} to keep {needs.model} in {needs.format} on the card: {parts}"
+    if needs.placed is not None:
+        found += f": {needs.placed}"
     if free >= needs.card_bytes:
         return ok("memory", found, wanted)
     if needs.placed is not None:
-        found += f": {needs.placed}"
         is_fast = needs.slower is not None and needs.slower < SLOW_STREAMING
         return ok("memory", found, wanted) if is_fast else warning("memory", found, wanted, _room_command(card, needs))
     if free < needs.least_card_bytes:

@@ -15,13 +15,13 @@ class Needs:
     """model: a card's name. repo: where it is published. format: of the transformer's blocks. In bytes:
 
     download_bytes: what is still to be fetched. weights_bytes, working_bytes: on the card, where all weights stay there; beside the
-    weights is what an edit works in, its graphs and caches, and CUDA's own. least_card_bytes: on the card, where all weights are
+    weights is what an edit works in, its caches, and CUDA's own. least_card_bytes: on the card, where all weights are
     streamed. host_bytes: of the host's memory, under the plan; pinned_bytes: of these locked, for what crosses the link.
     link_bytes: over the link for one picture by itself.
 
-    placed: in words, where the weights lie on a card with less room than card_bytes, and what it costs. None where there is room,
-    and where there is no plan. slower: how many times longer an edit takes there for what is streamed; 1 for nothing, None where it
-    is not known. other_formats: those in which all weights stay on a card with less room.
+    placed: in words, where the weights lie on a card that has not room for all of them and all graphs, and what it costs. None
+    where there is room, and where there is no plan. slower: how many times longer an edit takes there for what is streamed; 1 for
+    nothing, None where it is not known. other_formats: those in which all weights stay on a card with less room.
     """
 
     model: str
@@ -40,7 +40,7 @@ class Needs:
 
     @property
     def card_bytes(self) -> int:
-        """Free memory of a card on which all weights stay, and passes are recorded as graphs."""
+        """Free memory of a card on which all weights stay."""
         return self.weights_bytes + self.working_bytes
 
     @property
