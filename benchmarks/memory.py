@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def _seconds(work: Any) -> float:
 def run_capped(folder: Path, cap_gib: float | None, side_px: int, images: int, link_gb_per_s: float) -> dict[str, Any]:
     """One cap, in a process that has done nothing else."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("millicent").setLevel(logging.DEBUG)  # whatever memory runs out for
     settings = Settings() if cap_gib is None else Settings(memory_gb=cap_gib * USABLE * GIB / 1e9)
     delay = slow_down(device, link_gb_per_s) if device.type == "cuda" else None
     began = time.perf_counter()
@@ -147,18 +149,17 @@ def name_pictures(result: EditResult) -> str:
 
 
 def measure_memory(device: torch.device) -> dict[str, Any]:
-    """Of this process at its fullest since its warm-up: what PyTorch gave out and what it had, and CUDA's own beside it.
+    """Of this process at its fullest since its warm-up: what PyTorch had of the card, with CUDA's own beside it.
 
-    peak_gib: with what graphs keep for their own passes, which PyTorch does not count as given out.
+    given_out_gib: of that in tensors, or in what graphs keep for their own passes; the rest is lost between pieces, or idle.
     """
     free, total = torch.cuda.mem_get_info(device)
     own = total - free - torch.cuda.memory_reserved(device)
     pools = idle_of_graphs(torch.cuda.memory_snapshot())
-    graphs = sum(pools)
     return {
-        "peak_gib": round((torch.cuda.max_memory_allocated(device) + graphs + own) / GIB, 3),
+        "peak_gib": round((torch.cuda.max_memory_reserved(device) + own) / GIB, 3),
+        "given_out_gib": round((torch.cuda.max_memory_allocated(device) + sum(pools) + own) / GIB, 3),
         "graphs_gib": [round(size / GIB, 3) for size in pools],
-        "peak_reserved_gib": round((torch.cuda.max_memory_reserved(device) + own) / GIB, 3),
         "context_gib": round(own / GIB, 3),
     }
 

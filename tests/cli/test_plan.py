@@ -94,12 +94,12 @@ def test_what_is_recorded_is_told_and_what_it_keeps() -> None:
     whole = planned("--gpu", "H100 SXM")
     assert (whole["records_graphs"], whole["recorded"]) == (True, ["text", "VAE encode", "denoise", "VAE decode"])
     assert "in VAE encode, beside what graphs of all phases keep" in run("--gpu", "H100 SXM")
-    machine = str(MACHINES / "l4.json")
+    machine = str(MACHINES / "rtx-4090.json")
     partly = planned("--machine", machine)
-    assert (partly["records_graphs"], partly["recorded"]) == (False, ["text"])
+    assert (partly["records_graphs"], partly["recorded"]) == (False, ["text", "denoise"])
     shown = run("--machine", machine)
-    assert "in VAE encode, beside what graphs of text keep" in shown
-    assert "graphs are recorded of text alone" in shown
+    assert "in VAE encode, beside what graphs of text and denoise keep" in shown
+    assert "graphs are recorded of text and denoise alone" in shown
     none = run("--gpu", "RTX 4090", "--memory", "23.5")
     assert "graphs are not recorded" in none
     assert "in VAE encode; " in none

@@ -109,7 +109,7 @@ def test_the_plan_of_each_machine(name: str, wanted: tuple[str, str] | str) -> N
     [
         ("h200", ("text", "VAE encode", "denoise", "VAE decode")),
         ("rtx-4090", ("text", "denoise")),
-        ("l4", ("text",)),
+        ("l4", ()),
         ("rtx-4070-ti", ()),
     ],
 )
@@ -174,8 +174,9 @@ def test_a_wave_hides_its_exchange() -> None:
     assert made.stages["exchange"].seconds <= WAVE_SHARE * made.seconds
     assert made.alone_s is not None
     # what overlaps of the two crosses the link for one picture alone
-    assert made.alone_s == pytest.approx(made.seconds + 0.44, abs=0.05)
-    assert any(line.startswith(f"waves of {made.wave} share an exchange of 0.47 s") for line in made.because)
+    assert made.alone_s == pytest.approx(made.seconds + 0.5, abs=0.1)
+    told = next(line for line in made.because if line.startswith(f"waves of {made.wave} share an exchange of "))
+    assert float(told.split()[7]) == pytest.approx(made.wave * made.stages["exchange"].seconds, rel=0.05)
     assert rented("H100 SXM").wave == 1
     assert "exchange" not in rented("H100 SXM").stages
 

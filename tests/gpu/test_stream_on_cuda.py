@@ -104,12 +104,3 @@ def forget_contents(editor: Editor) -> None:
 def test_the_thread_that_gives_work_waits_for_none(warm: Editor) -> None:
     forget_contents(warm)
     assert all(isinstance(one, EditResult) for one in warm.edit_many(REQUESTS[:12]))
-
-
-def test_a_run_takes_less_than_its_edits_one_by_one(warm: Editor) -> None:
-    forget_contents(warm)
-    alone_s = sum(warm.edit(request).timings.total_s for request in REQUESTS[:12])
-    forget_contents(warm)
-    found = [one for one in warm.edit_many(REQUESTS[:12]) if isinstance(one, EditResult)]
-    assert len(found) == 12
-    assert sum(one.timings.denoise_s for one in found) < sum(one.elapsed_s or 0 for one in found) < alone_s

@@ -33,6 +33,7 @@ def once_more_with_less(model: Model, error: MillicentError, work: Callable[[], 
     if residency is None or lower is None:
         raise error
     before = residency.placement
+    _LOG.debug("%s", error.__cause__)  # PyTorch's own numbers
     _LOG.warning("%s Now %s; the edit is drawn again.", error.message, lower.because)
     try:
         carry_out(model, lower)
