@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -25,7 +25,8 @@ from millicent.engine.laying_out import FastDrawing
 from millicent.engine.loading import Model
 from millicent.engine.modulation import check_schedule
 from millicent.engine.output import Sent, to_uint8
-from millicent.engine.sampler import base_sigmas, denoise, guide, lightning_sigmas
+from millicent.engine.sampler import base_sigmas, denoise, denoising, guide, lightning_sigmas
+from millicent.engine.transformer import Drawing, FastMMDiT
 from millicent.errors import CheckpointError, InputError, SizeError
 from millicent.facts.models import ModelCard
 from millicent.images import fit_to, flatten
@@ -213,16 +214,48 @@ def draw(
     on_step: OnStep | None = None,
 ) -> Latents:
     """Denoise one variant for each seed; with a negative prompt, two forwards a step."""
+    if model.fast is not None:
+        return draw_together([Told(conditioning, sigmas, seeds, true_cfg)], model, on_step)[0]
     height, width = conditioning.img_shapes[0]
     noise = pack(make_noise(seeds, model, PATCH * height, PATCH * width))
     steps = len(sigmas) - 1
-    if model.fast is None:
-        tell = None if on_step is None else lambda number: on_step(number, steps)
-        drawn = denoise(_plain_step(conditioning, model, len(seeds), true_cfg), noise, sigmas, tell)
-    else:
-        # one at a time: at these sizes one picture fills a card
-        drawn = torch.cat([_draw_fast(conditioning, model.fast, row, sigmas, true_cfg, on_step) for row in noise.split(1)])
+    tell = None if on_step is None else lambda number: on_step(number, steps)
+    drawn = denoise(_plain_step(conditioning, model, len(seeds), true_cfg), noise, sigmas, tell)
     return Latents(unpack(drawn, height, width))
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """All that a drawing is told: as draw's arguments."""
+
+    conditioning: Conditioning
+    sigmas: Sequence[float]
+    seeds: Sequence[int]
+    true_cfg: float
+
+
+def draw_together(edits: Sequence[Told], model: Model, on_step: OnStep | None = None) -> list[Latents]:
+    """As draw of each, bit for bit. Where blocks are streamed, several pictures take their steps together: network.abreast passes.
+
+    Elsewhere one after another: at these sizes one picture fills a card.
+    """
+    assert model.fast is not None
+    rows = [(told, noise) for told in edits for noise in _noise_rows(told, model)]
+    passes = max((1 if told.conditioning.negative is None else 2 for told in edits), default=1)
+    group = max(1, model.fast.network.abreast // passes)
+    drawn: list[Tensor] = []
+    for begin in range(0, len(rows), group):
+        together = [_begin_row(*row, model.fast, 2 * place) for place, row in enumerate(rows[begin : begin + group])]
+        drawn += _draw_rows(together, model.fast.network, on_step)
+    pictures = iter(drawn)
+    made = [torch.cat([next(pictures) for _ in told.seeds]) for told in edits]
+    return [Latents(unpack(each, *told.conditioning.img_shapes[0])) for each, told in zip(made, edits, strict=True)]
+
+
+def _noise_rows(told: Told, model: Model) -> Sequence[Tensor]:
+    """(1, tokens, 64) for each variant."""
+    height, width = told.conditioning.img_shapes[0]
+    return pack(make_noise(told.seeds, model, PATCH * height, PATCH * width)).split(1)
 
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -246,23 +279,50 @@ def _plain_step(conditioning: Conditioning, model: Model, count: int, true_cfg: 
     return step
 
 
-def _draw_fast(
-    conditioning: Conditioning, fast: FastDrawing, noise: Tensor, sigmas: Sequence[float], true_cfg: float, on_step: OnStep | None
-) -> Tensor:
-    mods, rows = fast.modulation.mods(sigmas)
-    texts = [conditioning.positive, *([] if conditioning.negative is None else [conditioning.negative])]
-    drawings = [
-        fast.network.start(txt, conditioning.references, conditioning.img_shapes, mods, slot) for slot, txt in enumerate(texts)
-    ]
-    row = iter(rows)
+@dataclass(slots=True)
+class _Row:
+    """One picture under way. drawings: one for each of its texts. numbers: of its timesteps, in the table. euler: denoising's."""
 
-    def step(latents: Tensor, _timestep: Tensor) -> Tensor:
-        number = next(row)
-        velocities = [drawing.step(latents, number) for drawing in drawings]
-        return velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], true_cfg)
+    drawings: Sequence[Drawing]
+    numbers: Sequence[int]
+    true_cfg: float
+    euler: Generator[tuple[Tensor, Tensor], Tensor, Tensor]
+    latents: Tensor
 
-    tell = None if on_step is None else lambda number: on_step(number, len(rows))
-    return denoise(step, noise, sigmas, tell)
+    def asks(self, step: int) -> list[tuple[Drawing, Tensor, int]]:
+        return [(drawing, self.latents, self.numbers[step]) for drawing in self.drawings]
+
+    def take(self, velocities: Sequence[Tensor]) -> None:
+        """One of each drawing."""
+        velocity = velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], self.true_cfg)
+        try:
+            self.latents, _ = self.euler.send(velocity)
+        except StopIteration as ended:
+            self.latents = ended.value
+
+
+def _draw_rows(rows: Sequence[_Row], network: FastMMDiT, on_step: OnStep | None) -> list[Tensor]:
+    """Latents (1, tokens, 64) of each, all a step at a time; those with fewer steps end before the others."""
+    steps = max(len(row.numbers) for row in rows)
+    for step in range(steps):
+        if on_step is not None:
+            on_step(step, steps)
+        going = [row for row in rows if step < len(row.numbers)]
+        velocities = iter(network.step([one for row in going for one in row.asks(step)]))
+        for row in going:
+            row.take([next(velocities) for _ in row.drawings])
+    return [row.latents for row in rows]
+
+
+def _begin_row(told: Told, noise: Tensor, fast: FastDrawing, first_slot: int) -> _Row:
+    """first_slot: as FastMMDiT.start's, of one or two."""
+    mods, numbers = fast.modulation.mods(told.sigmas)
+    of = told.conditioning
+    texts = [of.positive, *([] if of.negative is None else [of.negative])]
+    drawings = [fast.network.start(txt, of.references, of.img_shapes, mods, slot) for slot, txt in enumerate(texts, first_slot)]
+    euler = denoising(noise, told.sigmas)
+    latents, _ = next(euler)
+    return _Row(drawings, numbers, told.true_cfg, euler, latents)
 
 
 def make_noise(seeds: Sequence[int], model: Model, height: int, width: int) -> Tensor:

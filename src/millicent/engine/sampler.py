@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -97,12 +97,24 @@ def denoise(
     step: latents (B, L, C) and timesteps (B,) in [0, 1] -> velocity (B, L, C). sigmas: n + 1 levels, the last 0.
     on_step: called with the step's number before each step.
     """
-    # made on the host: made on a card, they would wait for all its work so far
-    levels = torch.tensor(sigmas, dtype=torch.float32).to(latents.device, non_blocking=True)
-    for number, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
+    steps, number = denoising(latents, sigmas), 0
+    asked = next(steps)
+    while True:
         if on_step is not None:
             on_step(number)
-        velocity = step(latents, round_timestep(sigma, latents))
+        try:
+            asked, number = steps.send(step(*asked)), number + 1
+        except StopIteration as ended:
+            drawn: Tensor = ended.value
+            return drawn
+
+
+def denoising(latents: Tensor, sigmas: Sequence[float]) -> Generator[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """As denoise, for whoever takes several pictures' steps together: asks with latents and timesteps, is sent the velocity."""
+    # made on the host: made on a card, they would wait for all its work so far
+    levels = torch.tensor(sigmas, dtype=torch.float32).to(latents.device, non_blocking=True)
+    for sigma, sigma_next in itertools.pairwise(levels):
+        velocity = yield latents, round_timestep(sigma, latents)
         latents = (latents.float() + (sigma_next - sigma) * velocity).to(velocity.dtype)
     return latents
 

@@ -9,12 +9,13 @@ The same network as model/mmdit.py, whose weights it takes over, laid out anew:
 - Between two products stands one kernel (kernels/): gate, residual, norm, modulation and codes in one pass.
 - Of the last block only the target's tokens are drawn from; the others give it their keys and values and no more.
 - Pictures and text come in once for each edit, not once a step. A shape that comes again is captured as a CUDA graph.
+- Where blocks are streamed, several drawings go through each while it is on the card.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -70,6 +71,10 @@ def _fork(side: torch.cuda.Stream | None) -> None:
         side.wait_stream(torch.cuda.current_stream())
 
 
+# a forward pass that stops before each block, and returns the velocity (target, 64)
+Pass = Generator[None, None, Tensor]
+
+
 class FastMMDiT:
     """The transformer, ready to draw.
 
@@ -77,6 +82,8 @@ class FastMMDiT:
     follow the noise, which the references see. attention: "int8" is an approximation, the others are exact. keeps_codes: what
     8-bit attention has to know of all tokens is found at the first step alone, and of the references, where they are reused, their
     codes are kept. uses_graphs, overlaps_text: capture steps as CUDA graphs, with the text's products beside the pictures'.
+    stack: what brings the blocks to the card; None where all of them stay there. abreast: how many drawings share a block that is
+    streamed.
     """
 
     def __init__(
@@ -108,7 +115,8 @@ class FastMMDiT:
         self.overlaps_text = overlaps_text
         # one for all graphs: torch's streams come round again after 32, and might be another graph's
         self.side = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
-        self.stack: Stack | None = None  # None: all blocks are on the card
+        self.stack: Stack | None = None
+        self.abreast = 1
         self._drawings: OrderedDict[tuple[object, ...], Drawing] = OrderedDict()
         self._kept: WeakValueDictionary[tuple[int, int], Tensor] = WeakValueDictionary()
         self._kept_codes: WeakValueDictionary[tuple[int, int], KeysValues] = WeakValueDictionary()
@@ -156,6 +164,39 @@ class FastMMDiT:
             shape = config.num_layers, references, config.num_attention_heads, config.attention_head_dim
             kept = self._kept_codes[references, slot] = self.int8_attention.make_kept(*shape, self.device)
         return kept
+
+    def step(self, asked: Sequence[tuple[Drawing, Tensor, int]]) -> list[Tensor]:
+        """The next step of drawings with slots of their own, `abreast` of them at a time: Drawing.step's arguments and results."""
+        velocities: list[Tensor] = []
+        for begin in range(0, len(asked), self.abreast):
+            together = asked[begin : begin + self.abreast]
+            if len(together) == 1 or self.uses_graphs:
+                velocities += [drawing.step(latents, row) for drawing, latents, row in together]
+                continue
+            for drawing, latents, row in together:
+                drawing.feed(latents, row)
+            side = self.side if self.overlaps_text else None
+            velocities += [velocity[None] for velocity in self.run([drawing.go(side) for drawing, _, _ in together], side)]
+            for drawing, _, _ in together:
+                drawing.end_step()
+        return velocities
+
+    def run(self, passes: Sequence[Pass], side: torch.cuda.Stream | None) -> list[Tensor]:
+        """Take passes through all blocks, each block through all of them while it is on the card. What they return."""
+        for each in passes:
+            next(each)
+        made: list[Tensor] = []
+        with _joined(side):
+            for number in range(len(self.blocks)):
+                with self.at(number, side):
+                    for each in passes:
+                        try:
+                            next(each)
+                        except StopIteration as ended:
+                            made.append(ended.value)
+                        if len(passes) > 1 and side is not None:  # or what it reads of one would have to outlast the other's block
+                            torch.cuda.current_stream(self.device).wait_stream(side)
+        return made
 
     @contextmanager
     def at(self, number: int, side: torch.cuda.Stream | None) -> Iterator[None]:
@@ -221,9 +262,7 @@ class Drawing:
 
     def step(self, latents: Tensor, row: int) -> Tensor:
         """The velocity (1, target, 64) of latents (1, target, 64), at the table's timestep number `row`."""
-        self.latents.copy_(latents[0])
-        self.mods.copy_(self.table.blocks[row])
-        self.final.copy_(self.table.final[row])
+        self.feed(latents, row)
         reuses = self.holds_kept
         # a shape that comes again may come often: then what it takes to capture it is paid back
         if reuses not in self.graphs and self.network.uses_graphs and self.begun > 1:
@@ -234,8 +273,17 @@ class Drawing:
         else:
             # a pass that will be recorded has its memory from one stream's pool until then
             velocity = self._forward(reuses, None if self.network.uses_graphs else self._side)
-        self.holds_kept = self.kept is not None or self.kept_codes is not None
+        self.end_step()
         return velocity[None]
+
+    def feed(self, latents: Tensor, row: int) -> None:
+        """What a step reads: as step's."""
+        self.latents.copy_(latents[0])
+        self.mods.copy_(self.table.blocks[row])
+        self.final.copy_(self.table.final[row])
+
+    def end_step(self) -> None:
+        self.holds_kept = self.kept is not None or self.kept_codes is not None
 
     def _capture(self, reuses: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -251,7 +299,15 @@ class Drawing:
         return self.network.side if self.network.overlaps_text else None
 
     def _forward(self, reuses: bool, side: torch.cuda.Stream | None) -> Tensor:
-        """(target, 64) of what the buffers hold. side: runs the text's small products beside the pictures' large ones.
+        """(target, 64) of what the buffers hold."""
+        return self.network.run([self._go(reuses, side)], side)[0]
+
+    def go(self, side: torch.cuda.Stream | None) -> Pass:
+        """A step of what the buffers hold, for FastMMDiT.run; side: as there."""
+        return self._go(self.holds_kept, side)
+
+    def _go(self, reuses: bool, side: torch.cuda.Stream | None) -> Pass:
+        """Goes on with a block each time it is asked. side: runs the text's small products beside the pictures' large ones.
 
         The two meet where tokens attend to one another: there the current stream waits for the side. The side waits for it where
         a block begins and after attention, so that what it reads has been written, and what it writes nobody reads any more.
@@ -261,20 +317,19 @@ class Drawing:
         img = Part(x, (self.references - kept, len(x)))
         txt = Part(self.txt_rows.clone(), (0, 0))
         attended = txt.x
-        with _joined(side):
-            for number, block in enumerate(network.blocks[:-1]):
-                with network.at(number, side):
-                    joint = self._project(number, img, txt, kept, side)
-                    # until here the side may have read the last block's: memory that is let go goes to the next who asks
-                    attended = self._attend(number, joint, slice(kept, kept + len(img.x) + len(txt.x)), reuses)
-                    _fork(side)
-                    with torch.cuda.stream(side):
-                        self._finish_block(number, block.txt, txt, attended[len(img.x) :])
-                    self._finish_block(number, block.img, img, attended[: len(img.x)])
-            last = len(network.blocks) - 1
-            with network.at(last, side):
-                joint = self._project(last, img, txt, kept, side)
-                return self._draw(joint, img.x[len(img.x) - self.target :], reuses)
+        for number, block in enumerate(network.blocks[:-1]):
+            yield
+            joint = self._project(number, img, txt, kept, side)
+            # until here the side may have read the last block's: memory that is let go goes to the next who asks
+            attended = self._attend(number, joint, slice(kept, kept + len(img.x) + len(txt.x)), reuses)
+            del joint
+            _fork(side)
+            with torch.cuda.stream(side):
+                self._finish_block(number, block.txt, txt, attended[len(img.x) :])
+            self._finish_block(number, block.img, img, attended[: len(img.x)])
+        yield
+        joint = self._project(len(network.blocks) - 1, img, txt, kept, side)
+        return self._draw(joint, img.x[len(img.x) - self.target :], reuses)
 
     def _project(self, number: int, img: Part, txt: Part, kept: int, side: torch.cuda.Stream | None) -> Tensor:
         """Queries, keys and values of a block (S, 3, H, d), raw.
