@@ -233,7 +233,9 @@ def test_streaming_is_told_with_what_it_costs() -> None:
     assert told in planned(read("rtx-4070-ti")).because
     machine = read("rtx-4070-ti")
     assert machine.card is not None
-    riser = replace(machine, cards=(replace(machine.card, pcie_max_lanes=1, pcie_lanes=1),))
+    riser = replace(
+        machine, cards=(replace(machine.card, pcie_max_generation=3, pcie_generation=3, pcie_max_lanes=1, pcie_lanes=1),)
+    )
     made = planned(riser)
     slower = slowdown(ModelSizes(), Workload(), made.gpu, made.formats, made.placement, made.link_gb_per_s)
     assert slower is not None
@@ -245,9 +247,25 @@ def test_streaming_is_told_with_what_it_costs() -> None:
 def test_a_slow_link_is_slow_only_where_weights_cross_it() -> None:
     machine = read("rtx-4070-ti")
     assert machine.card is not None
-    riser = replace(machine, cards=(replace(machine.card, pcie_max_lanes=1, pcie_lanes=1),))
+    riser = replace(
+        machine, cards=(replace(machine.card, pcie_max_generation=3, pcie_generation=3, pcie_max_lanes=1, pcie_lanes=1),)
+    )
     assert (planned(riser).seconds or 0) > 1.4 * (planned(machine).seconds or 0)
     assert planned(read("rtx-4090-riser")).seconds == planned(read("rtx-4090")).seconds
+
+
+def test_a_picture_by_itself_waits_for_all_that_several_share() -> None:
+    machine = read("rtx-4070-ti")
+    assert machine.card is not None
+    riser = replace(
+        machine, cards=(replace(machine.card, pcie_max_generation=3, pcie_generation=3, pcie_max_lanes=1, pcie_lanes=1),)
+    )
+    made = planned(riser)
+    assert made.placement.abreast > 1
+    streamed_s = 4 * made.placement.streamed_step_bytes / (1e9 * made.link_gb_per_s)
+    assert made.stages["denoise"].seconds == pytest.approx(streamed_s / made.placement.abreast)
+    assert made.alone_s is not None
+    assert made.alone_s > streamed_s
 
 
 # alternatives

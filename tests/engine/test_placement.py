@@ -16,7 +16,7 @@ from millicent.engine.fast_encoder import quantize_encoder
 from millicent.engine.layer_stack import slab_bytes
 from millicent.engine.linears import linear_maker
 from millicent.engine.machine_plan import block_sizes
-from millicent.engine.placement import HOST_BASE_BYTES, Placement, place
+from millicent.engine.placement import HOST_BASE_BYTES, MOST_ABREAST, Placement, place
 from millicent.engine.planner import plan
 from millicent.engine.predictions import draw_of
 from millicent.engine.settings import Settings
@@ -332,6 +332,36 @@ def test_what_graphs_keep_is_what_was_measured(recorded: tuple[str, ...]) -> Non
     """benchmarks.memory on an H200, the card's own formats; each has cuBLAS's workspaces and its results beside its pool."""
     predicted = components().phases.recorded_bytes(recorded) - _RECORDER_BYTES
     assert predicted / (MEASURED_POOLS_GIB[recorded] * 2**30) == pytest.approx(1, abs=0.05)
+
+
+@given(settings_of, st.integers(3 * GB, 30 * GB))
+def test_as_few_are_drawn_together_as_hide_what_is_streamed(of: dict[str, Any], free: int) -> None:
+    parts = components(**of)
+    try:
+        placement = place(parts, free, 10**12)
+    except MachineError:
+        return
+    share = (len(parts.blocks) - placement.resident_blocks) / len(parts.blocks)
+    if parts.kept or not placement.streamed_step_bytes:
+        assert placement.abreast == 1
+        return
+    more = replace(parts, phases=parts.phases.together(placement.abreast + 1))
+    assert share / placement.abreast <= 0.25 or placement.abreast == MOST_ABREAST or more.least > free
+    if placement.abreast > 1:  # one less would not have hidden it
+        fewer = replace(parts, phases=parts.phases.together(placement.abreast - 1))
+        arena = (free - fewer.beside()) // 256 * 256
+        assert (len(parts.blocks) - count_resident(parts.blocks, arena)) / len(parts.blocks) / (placement.abreast - 1) > 0.25
+
+
+def test_passes_share_what_is_streamed_as_far_as_pictures_go() -> None:
+    placement, guided = replace(put(8.2), abreast=3), replace(WORK, guided=True)
+    assert [placement.passes_together(WORK, pictures) for pictures in (1, 2, 3, 9)] == [1, 2, 3, 3]
+    # a guided picture takes two; there is no half of one
+    assert [placement.passes_together(guided, pictures) for pictures in (1, 2, 9)] == [2, 2, 2]
+    assert [replace(placement, abreast=4).passes_together(guided, pictures) for pictures in (1, 2, 9)] == [2, 4, 4]
+    assert replace(placement, abreast=1).passes_together(guided, 9) == 1
+    by_itself = placement.edit_bytes(WORK) - placement.reading_bytes(WORK)
+    assert by_itself == 4 * placement.streamed_step_bytes == placement.edit_bytes(guided) - placement.reading_bytes(guided)
 
 
 @given(settings_of, st.integers(3 * GB, 23 * GB))

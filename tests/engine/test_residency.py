@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from millicent import demo
-from millicent.edits import EditRequest
+from millicent.edits import EditRequest, EditResult
 from millicent.engine import fitting, pressure
 from millicent.engine.editor import Editor, find_model
 from millicent.engine.loading import Model, load_model, speed_up_model
@@ -97,6 +98,57 @@ def test_draws_the_same_pictures_with_a_streamed_text_encoder(resident: int) -> 
     placement = dataclasses.replace(place(weigh(model, chosen), 0.3), resident_encoder_layers=resident)
     model = speed_up_model(model, chosen, placement)
     assert draw(model) == wanted("bf16", False)
+
+
+MIXED = [
+    *make_requests(),
+    dataclasses.replace(make_requests()[0], seed=7, variants=3, steps=1),
+    dataclasses.replace(make_requests()[1], seed=11, true_cfg=3.0, negative_prompt="blur"),
+    dataclasses.replace(make_requests()[1], seed=12, prompt="make the shirt navy blue", steps=3),
+]
+
+
+@pytest.mark.parametrize("abreast", [1, 2, 3, 4])
+@pytest.mark.parametrize(("number_format", "attention"), [("bf16", "exact"), ("int8", "int8")])
+def test_pictures_drawn_together_are_those_of_each(abreast: int, number_format: Format, attention: Any) -> None:
+    """Of different shapes, steps and variants, with guidance and without; each with its own codes kept."""
+    chosen = plan(Settings(format=number_format, attention=attention), None, "a CPU")
+    assert chosen is not None
+    whole, model = Editor("demo", load(chosen, 1.0)), load_abreast(chosen, abreast)
+    expected = [[image.tobytes() for image in whole.edit(request).images] for request in MIXED]
+    editor = Editor("demo", model)
+    assert [[image.tobytes() for image in editor.edit(request).images] for request in MIXED] == expected
+    found = list(editor.edit_many(MIXED))
+    assert [[image.tobytes() for image in one.images] for one in found if isinstance(one, EditResult)] == expected
+
+
+def load_abreast(chosen: Plan, abreast: int) -> Model:
+    """The demo with most blocks streamed, for so many passes together, and all of a wave."""
+    _, folder, card = find_model("demo")
+    model = load_model(folder, card, CPU, torch.bfloat16)
+    placement = dataclasses.replace(place(weigh(model, chosen), 0.3), abreast=abreast)
+    model = speed_up_model(model, chosen, placement)
+    assert model.residency is not None
+    model.residency.wave = len(MIXED)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("variants", "guided", "abreast", "passes"), [(4, False, 1, 4), (4, False, 3, 2), (3, True, 4, 2), (1, True, 2, 1)]
+)
+def test_blocks_come_once_for_all_that_are_drawn_together(variants: int, guided: bool, abreast: int, passes: int) -> None:
+    chosen, request = make_plan(), make_requests()[0]
+    model = load_abreast(chosen, abreast)
+    request = dataclasses.replace(request, variants=variants, **({"true_cfg": 3.0, "negative_prompt": "x"} if guided else {}))
+    assert model.residency is not None
+    assert model.reader is not None
+    editor, placement = Editor("demo", model), model.residency.placement
+    editor.edit(request)
+    before = model.residency.copied_bytes
+    editor.edit(request)  # is read no more, so that nothing else is copied
+    copied = model.residency.copied_bytes - before
+    assert placement.streamed_step_bytes > 0
+    assert copied == passes * len(editor.edit(request).sigmas[:-1]) * placement.streamed_step_bytes
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -282,3 +282,71 @@ def test_on_a_card_the_host_is_one_step_ahead_at_most(monkeypatch: pytest.Monkey
         for step in range(4):
             stages._go_on(step, 4)
         assert " ".join(done) == expected
+
+
+@pytest.fixture(scope="module")
+def fast(tiny_folder: Path) -> Editor:
+    return Editor.open(tiny_folder, device="cpu", settings=SETTINGS["fast"])
+
+
+@pytest.fixture
+def abreast(fast: Editor, monkeypatch: pytest.MonkeyPatch) -> Editor:
+    """In waves of five, with three passes through streamed blocks together."""
+    assert fast._model.fast is not None
+    monkeypatch.setattr(fast._model.fast.network, "abreast", 3)
+    return in_waves(fast, 5)
+
+
+def test_a_few_are_drawn_together(abreast: Editor, work: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    together, right = list[int](), pipeline.draw_together
+
+    def draw_and_tell(told: Any, model: Any, *rest: Any) -> Any:
+        together.append(len(told))
+        return right(told, model, *rest)
+
+    monkeypatch.setattr(pipeline, "draw_together", draw_and_tell)
+    found = list(abreast.edit_many(map(make_request, range(4))))
+    assert together == [3, 1]
+    assert " ".join(work) == "e0 e1 e2 e3 s s s d3 s"
+    times = [one.timings.denoise_s for one in found if isinstance(one, EditResult)]
+    # each has its share of what they took together
+    assert times[0] == times[1] == times[2] > 0
+
+
+def test_what_fails_together_is_drawn_one_by_one_and_told_of_the_one_that_fails(
+    abreast: Editor, fast: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, right = [fast.edit(make_request(number)) for number in range(4)], pipeline.draw
+    right_together = pipeline.draw_together
+
+    def fails(told: Any, model: Any, sigmas: Any, seeds: Any, *rest: Any) -> Any:
+        if seeds[0] == 1:
+            raise MachineError("It is too hard to draw.", "Draw another.")
+        return right(told, model, sigmas, seeds, *rest)
+
+    def fails_together(told: Any, *rest: Any) -> Any:
+        if len(told) > 1:
+            raise MachineError("They are too hard to draw.", "Draw others.")
+        return right_together(told, *rest)
+
+    monkeypatch.setattr(pipeline, "draw", fails)
+    monkeypatch.setattr(pipeline, "draw_together", fails_together)
+    found = list(abreast.edit_many(map(make_request, range(4))))
+    assert isinstance(found.pop(1), MachineError)
+    del expected[1]
+    assert all(same(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_cancelled_in_a_drawing_all_that_are_drawn_together_stop(abreast: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled, steps, go_on = threading.Event(), list[int](), Stages._go_on
+
+    def stop_at_step(self: Stages, *step: int) -> None:
+        go_on(self, *step)
+        steps.extend(step[:1])
+        if len(steps) == 3:  # in the first step of the second three
+            cancelled.set()
+
+    monkeypatch.setattr(Stages, "_go_on", stop_at_step)
+    found = list(abreast.edit_many(map(make_request, range(9)), cancelled=cancelled))
+    assert [one.seed for one in found if isinstance(one, EditResult)] == [0, 1, 2]
+    assert steps == [0, 1, 0]

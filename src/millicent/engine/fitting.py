@@ -93,6 +93,7 @@ def carry_out(model: Model, placement: Placement) -> None:
     else:
         model.residency.placement = placement
     record_passes(model, placement.recorded)
+    model.fast.network.abreast = placement.abreast
     set_wave(model)
 
 

@@ -258,6 +258,7 @@ def speed_up_model(
         raise
     recorded = RECORDED[0] if placement is None else placement.recorded
     fast.network.record("denoise" in recorded)
+    fast.network.abreast = 1 if placement is None else placement.abreast
     hold = nullcontext if residency is None or not residency.has_slabs else residency.text_encoder.held
     reader = Reader(model.text_encoder, TEXT_CACHE_BYTES, uses_graphs="text" in recorded, hold=hold)
     latents = ByteBudgetCache[str, Tensor](LATENTS_CACHE_BYTES)

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import get_args
 
-from millicent.engine.placement import Placement, place
+from millicent.engine.placement import MOST_ABREAST, Placement, place
 from millicent.engine.planner import TENSOR_CORES, Capability, EncoderFormat, Plan, plan
 from millicent.engine.predictions import (
     CARD_STAGES,
@@ -194,8 +194,8 @@ class _Asked:
         edit_s = row_seconds(time_edit(self.model, self.work, self.gpu, formats, placement, link))
         wave = wave_of(placement.exchanged_bytes, link, edit_s, self.host_bytes - placement.needed_host_bytes)
         stages = time_edit(self.model, self.work, self.gpu, formats, placement, link, wave)
-        exchange_s = placement.exchanged_bytes / (1e9 * link)
-        alone = sum(each.seconds for stage, each in stages.items() if stage != "exchange") + exchange_s
+        by_itself = time_edit(self.model, self.work, self.gpu, formats, placement, link, pictures=1)
+        alone = sum(each.seconds for each in by_itself.values()) + placement.exchanged_bytes / (1e9 * link)
         return MachinePlan(
             card=self.name,
             gpu=self.gpu,
@@ -225,16 +225,24 @@ def link_of(card: Card) -> float:
 
 
 def time_edit(
-    model: ModelSizes, work: Workload, gpu: Gpu | None, formats: Plan, placement: Placement, link: float, wave: int | None = None
+    model: ModelSizes,
+    work: Workload,
+    gpu: Gpu | None,
+    formats: Plan,
+    placement: Placement,
+    link: float,
+    wave: int | None = None,
+    pictures: int = MOST_ABREAST,
 ) -> dict[str, Estimate]:
     """Estimates by stage, of one picture of a row; none for a card without rates.
 
-    wave: pictures that share an exchange of text encoder and transformer; None leaves it out.
+    wave: pictures that share an exchange of text encoder and transformer; None leaves it out. pictures: that wait to be drawn.
     """
     if gpu is None or not _has_rates(gpu, formats):
         return {}
     exchanged_bytes = placement.exchanged_bytes / wave if wave else 0
-    return estimate(model, work, gpu, replace(_draw(model, work, formats, placement), exchanged_bytes=exchanged_bytes), link)
+    draw = replace(_draw(model, work, formats, placement, pictures), exchanged_bytes=exchanged_bytes)
+    return estimate(model, work, gpu, draw, link)
 
 
 def slowdown(model: ModelSizes, work: Workload, gpu: Gpu | None, formats: Plan, placement: Placement, link: float) -> float | None:
@@ -255,13 +263,13 @@ def _has_rates(gpu: Gpu, formats: Plan) -> bool:
     return has_rates(gpu, formats.format, formats.text_encoder, "int8" if formats.attention == "int8" else "exact")
 
 
-def _draw(model: ModelSizes, work: Workload, formats: Plan, placement: Placement) -> Draw:
+def _draw(model: ModelSizes, work: Workload, formats: Plan, placement: Placement, pictures: int = MOST_ABREAST) -> Draw:
     return Draw(
         layouts=block_layouts(model.transformer, formats.format, formats.bf16_down, formats.bf16_edge_blocks),
         text_encoder=formats.text_encoder,
         attention="int8" if formats.attention == "int8" else "exact",
         reuses=formats.reuse_reference,
-        streamed_step_bytes=placement.streamed_step_bytes,
+        streamed_step_bytes=placement.streamed_step_bytes / placement.passes_together(work, pictures),
         streamed_text_bytes=placement.reading_bytes(work),
     )
 

@@ -6,7 +6,8 @@ Pure: bytes in, a placement out. The first of these that fits is taken, so that 
 2. fewer passes are recorded as graphs, whose memory no one else may use, or none;
 3. text encoder and transformer share one arena of the card's memory and lie there in turn: what of them overlaps is exchanged,
    and a wave of pictures shares one exchange;
-4. of the transformer only so many blocks stay as there is room for; the others come through a ring of two, in every step;
+4. of the transformer only so many blocks stay as there is room for; the others come through a ring of two, in every step, once for
+   several pictures that are drawn together;
 5. the text encoder's layers too.
 
 engine/residency.py carries it out.
@@ -15,7 +16,7 @@ engine/residency.py carries it out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from millicent.engine.arena import Places, count_resident, lay_out_arena, overlapped_bytes, spread, streamed_bytes
@@ -27,6 +28,10 @@ Where = Literal["card", "card in turn", "streamed", "host"]
 
 # Python, torch and CUDA's libraries, and a weight file's buffers while it loads; an estimate
 HOST_BASE_BYTES = 4 << 30
+# pictures are drawn together until no larger share of the blocks comes for each: as much comes while the others run, even where a
+# step is as fast as on an H200 and the link as slow as an RTX 4090's
+_HIDDEN_SHARE = 0.25
+MOST_ABREAST = 4
 _GIB = 1 << 30
 
 
@@ -46,7 +51,8 @@ class PlacedPart:
 class Placement:
     """Where everything is.
 
-    in_turn: text encoder and transformer lie on the card in turn, and share arena_bytes of it.
+    in_turn: text encoder and transformer lie on the card in turn, and share arena_bytes of it. abreast: how many passes of the
+    transformer share a block that is streamed.
     recorded: the phases whose passes are recorded as graphs, one of RECORDED.
     resident_blocks: of the transformer, resident_encoder_layers: of the text encoder; the others are streamed.
     exchanged_bytes: over the link, once a wave, both ways together; streamed_step_bytes: in each forward of the transformer;
@@ -56,6 +62,7 @@ class Placement:
 
     parts: tuple[PlacedPart, ...]
     in_turn: bool
+    abreast: int
     recorded: tuple[str, ...]
     arena_bytes: int
     resident_blocks: int
@@ -105,8 +112,13 @@ class Placement:
         return work.references * vision + (1 + work.forwards) * self.streamed_language_bytes
 
     def edit_bytes(self, work: Workload) -> int:
-        """Streamed in one edit; what a wave exchanges is not among it."""
-        return self.reading_bytes(work) + work.forwards * work.steps * self.streamed_step_bytes
+        """Streamed in one edit by itself; what a wave exchanges is not among it."""
+        return self.reading_bytes(work) + work.steps * self.streamed_step_bytes * work.forwards // self.passes_together(work, 1)
+
+    def passes_together(self, work: Workload, pictures: int) -> int:
+        """How many passes share what is streamed, of so many pictures that wait to be drawn."""
+        together = min(pictures, max(1, self.abreast // work.forwards))
+        return min(self.abreast, together * work.forwards)
 
 
 def place(parts: Components, free_bytes: int, host_bytes: int) -> Placement:
@@ -144,6 +156,7 @@ def _place_all(parts: Components, free_bytes: int) -> Placement | None:
                     *_small(parts, recorded),
                 ),
                 in_turn=False,
+                abreast=1,
                 recorded=recorded,
                 arena_bytes=0,
                 resident_blocks=len(parts.blocks),
@@ -185,6 +198,8 @@ def _peaks(parts: Components, layers_bytes: int, recorded: tuple[str, ...] = ())
 def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
     """Text encoder first, then transformer, each whole or in pieces. Raises MachineError where not even pieces fit."""
     _check_least(parts, free_bytes)
+    abreast = _choose_abreast(parts, free_bytes)
+    parts = replace(parts, phases=parts.phases.together(abreast))
     blocks, layers = parts.blocks, parts.encoder_sizes
     recorded = _record_in_turn(parts, free_bytes)
     arena_bytes = _arena_bytes(parts, free_bytes, recorded)
@@ -196,15 +211,19 @@ def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
     streamed_language = streamed_bytes(layers[first_language:], stays[first_language:])
     streamed_text = streamed_language + streamed_bytes(layers[:first_language], stays[:first_language])
     exchanged = overlapped_bytes(blocks, drawing, reading) + overlapped_bytes(layers, reading, drawing)
+    streamed_told = f"{streamed_step / _GIB:.1f} GiB cross the link in every step"
+    if abreast > 1:
+        streamed_told += f", for {abreast} pictures together"
     told = f"text encoder and transformer do not fit together: they lie on the card in turn, in {arena_bytes / _GIB:.1f} GiB"
     return Placement(
         parts=(
-            _in_turn("transformer", blocks, resident, drawing, f"{streamed_step / _GIB:.1f} GiB cross the link in every step"),
+            _in_turn("transformer", blocks, resident, drawing, streamed_told),
             _in_turn("text encoder", layers, resident_layers, reading, f"{streamed_text / _GIB:.1f} GiB cross the link in a pass"),
             _embedding(parts),
             *_small(parts, recorded),
         ),
         in_turn=True,
+        abreast=abreast,
         recorded=recorded,
         arena_bytes=arena_bytes,
         resident_blocks=resident,
@@ -224,6 +243,23 @@ def _arena_bytes(parts: Components, free_bytes: int, recorded: tuple[str, ...]) 
     """Of what is free, as much as both networks' layers take at most; all that lies there begins at a multiple."""
     size_bytes = min(free_bytes - parts.beside(recorded), parts.transformer + parts.text_encoder)
     return size_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+
+
+def _choose_abreast(parts: Components, free_bytes: int) -> int:
+    """How many passes to take through the blocks together: as few as hide what is streamed, each a little more of the memory.
+
+    What is kept of references is each picture's own, and too large for more than one.
+    """
+    chosen = 1
+    for passes in range(1, 2 if parts.kept else MOST_ABREAST + 1):
+        of = replace(parts, phases=parts.phases.together(passes))
+        if of.least > free_bytes:
+            break
+        chosen = passes
+        streamed = len(of.blocks) - count_resident(of.blocks, _arena_bytes(of, free_bytes, ()))
+        if streamed <= _HIDDEN_SHARE * passes * len(of.blocks):
+            break
+    return chosen
 
 
 def _record_in_turn(parts: Components, free_bytes: int) -> tuple[str, ...]:

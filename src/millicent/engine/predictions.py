@@ -74,7 +74,7 @@ class Shares:
 class Draw:
     """What decides a picture's time, apart from card and sizes. layouts: the blocks' formats. attention: "exact" or "int8".
 
-    streamed_step_bytes: of weights, in each forward; streamed_text_bytes: in the whole reading; exchanged_bytes: for each picture,
+    streamed_step_bytes: of weights, for each forward; streamed_text_bytes: in the whole reading; exchanged_bytes: for each picture,
     its share of a wave's.
     """
 
@@ -82,7 +82,7 @@ class Draw:
     text_encoder: str
     attention: str
     reuses: bool
-    streamed_step_bytes: int = 0
+    streamed_step_bytes: float = 0
     streamed_text_bytes: int = 0
     exchanged_bytes: float = 0
 

@@ -19,6 +19,7 @@ what lies beside each other would add up (waves.py).
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from collections import deque
@@ -35,13 +36,14 @@ from millicent.edits import EditRequest, EditResult, Timings
 from millicent.engine import failures, pipeline
 from millicent.engine.loading import Model
 from millicent.engine.output import Sent
-from millicent.engine.pipeline import Conditioning, Course, Latents, Prepared
+from millicent.engine.pipeline import Conditioning, Course, Latents, Prepared, Told
 from millicent.engine.pressure import once_more_with_less
 from millicent.engine.watch import Mark, mark, seconds_between
 from millicent.errors import MillicentError
 
 MakeResult = Callable[[Course, Sequence[Image.Image], Timings], EditResult]
 Outcome = EditResult | MillicentError
+_LOG = logging.getLogger("millicent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,8 @@ class Edit:
     """One edit under way.
 
     ready: until it is encoded; course, prepare_s: from then on. was_cut: the run was cancelled in the midst of it.
-    error: why it has none of the later stages. spans: the begin and end of each stage on the card.
+    error: why it has none of the later stages. spans: the begin and end of each stage on the card. abreast: how many edits share
+    its drawing's.
     """
 
     request: EditRequest
@@ -70,6 +73,7 @@ class Edit:
     finished: Future[tuple[EditResult, float]] | None = None
     error: MillicentError | None = None
     was_cut: bool = False
+    abreast: int = 1
     spans: dict[str, tuple[Mark, Mark]] = field(default_factory=dict)
 
 
@@ -116,6 +120,11 @@ class Stages:
     def wave(self) -> int:
         """How many edits share one exchange of them."""
         return self._model.wave
+
+    @property
+    def abreast(self) -> int:
+        """How many edits are drawn together, as blocks that are streamed come once for all of them."""
+        return 1 if self._model.fast is None else self._model.fast.network.abreast
 
     @property
     def is_cancelled(self) -> bool:
@@ -170,6 +179,20 @@ class Stages:
                 raise
             once_more_with_less(self._model, error, work)
 
+    def attempt_together(self, edits: Sequence[Edit]) -> None:
+        """Draw several at once. Where that fails none has been drawn; attempted by itself, each tells whether it was the cause."""
+        ready = [edit for edit in edits if edit.error is None and not edit.was_cut]
+        if len(ready) < 2:
+            return
+        try:
+            with failures.guarded(self._model):
+                self._draw(ready)
+        except MillicentError as error:
+            _LOG.debug("%d pictures are drawn one by one: %s", len(ready), error)
+        except _Cancelled:
+            for edit in ready:
+                edit.was_cut = True
+
     def encode(self, edit: Edit) -> None:
         self._go_on()
         assert edit.ready is not None
@@ -177,28 +200,42 @@ class Stages:
         # a table of modulation is read by drawings, so it is made where they are
         with torch.inference_mode(), torch.cuda.stream(self._drawing):
             pipeline.check_sigmas(ready.course, self._model)
-        with self._on(self._edges, edit, "encode"):
+        with self._on(self._edges, [edit], "encode"):
             told = pipeline.encode(ready.prepared, self._model, edit.request.prompt, ready.course.negative_prompt)
             edit.conditioning = _move(told, _to_host) if self.in_turn else told
         # the pictures in the encoders' sizes are let go
         edit.ready, edit.course, edit.prepare_s = None, ready.course, ready.seconds
 
     def draw(self, edit: Edit) -> None:
+        """Unless it has been drawn with others."""
+        if edit.latents is None:
+            self._draw([edit])
+
+    def _draw(self, edits: Sequence[Edit]) -> None:
         self._go_on()
-        told, course = edit.conditioning, edit.course
-        assert told is not None
-        assert course is not None
         on_step = None if self._cancelled is None else self._go_on
-        with self._on(self._drawing, edit, "denoise", after="encode"):
-            told = _move(told, lambda tensor: tensor.to(self._model.device, non_blocking=True))
-            self._take(told.positive, told.references, *([] if told.negative is None else [told.negative]))
-            edit.latents = pipeline.draw(told, self._model, course.sigmas, course.seeds, course.true_cfg, on_step)
-        edit.conditioning = None
+        with self._on(self._drawing, edits, "denoise", after="encode"):
+            told = [self._tell(edit) for edit in edits]
+            if len(told) == 1:
+                (of,) = told
+                drawn = [pipeline.draw(of.conditioning, self._model, of.sigmas, of.seeds, of.true_cfg, on_step)]
+            else:
+                drawn = pipeline.draw_together(told, self._model, on_step)
+        for edit, latents in zip(edits, drawn, strict=True):
+            edit.latents, edit.conditioning, edit.abreast = latents, None, len(edits)
+
+    def _tell(self, edit: Edit) -> Told:
+        """What its drawing is told, on the card."""
+        assert edit.conditioning is not None
+        assert edit.course is not None
+        told = _move(edit.conditioning, lambda tensor: tensor.to(self._model.device, non_blocking=True))
+        self._take(told.positive, told.references, *([] if told.negative is None else [told.negative]))
+        return Told(told, edit.course.sigmas, edit.course.seeds, edit.course.true_cfg)
 
     def decode(self, edit: Edit) -> None:
         """To the finishing thread."""
         assert edit.latents is not None
-        with self._on(self._edges, edit, "decode", after="denoise"):
+        with self._on(self._edges, [edit], "decode", after="denoise"):
             self._take(edit.latents.tensor)
             sent = [pipeline.send(row, self._model) for row in edit.latents.tensor.split(1)]
         edit.latents = None
@@ -208,7 +245,7 @@ class Stages:
         assert edit.course is not None
         images = [pipeline.receive(one, edit.request) for one in sent]
         seconds = {stage: seconds_between(*span) for stage, span in edit.spans.items()}
-        timings = Timings(edit.prepare_s, seconds["encode"], seconds["denoise"], seconds["decode"])
+        timings = Timings(edit.prepare_s, seconds["encode"], seconds["denoise"] / edit.abreast, seconds["decode"])
         return self._make_result(edit.course, images, timings), time.perf_counter()
 
     def _go_on(self, *_step: int) -> None:
@@ -225,16 +262,19 @@ class Stages:
             raise _Cancelled
 
     @contextmanager
-    def _on(self, stream: torch.cuda.Stream | None, edit: Edit, stage: str, after: str | None = None) -> Iterator[None]:
-        """Work that goes to a stream, once the edit's stage `after` has ended on the other."""
+    def _on(self, stream: torch.cuda.Stream | None, edits: Sequence[Edit], stage: str, after: str | None = None) -> Iterator[None]:
+        """Work that goes to a stream, once the edits' stage `after` has ended on the other."""
         with torch.inference_mode(), torch.cuda.stream(stream):
             if stream is not None and after is not None:
-                event = edit.spans[after][1]
-                assert isinstance(event, torch.cuda.Event)
-                stream.wait_event(event)
+                for edit in edits:
+                    event = edit.spans[after][1]
+                    assert isinstance(event, torch.cuda.Event)
+                    stream.wait_event(event)
             begin = mark(stream)
             yield
-            edit.spans[stage] = (begin, mark(stream))
+            end = mark(stream)
+            for edit in edits:
+                edit.spans[stage] = (begin, end)
 
     def _take(self, *tensors: Tensor) -> None:
         """What the other stream has made is read by the current one."""

@@ -139,7 +139,8 @@ class FastMMDiT:
         key = (tuple(img_shapes), txt.shape[1], slot)
         drawing = self._drawings.pop(key, None) or Drawing(self, list(img_shapes), txt.shape[1], slot)
         self._drawings[key] = drawing  # the last one used is the last in order
-        while len(self._drawings) > _KEPT_SHAPES:
+        # without graphs they are only memory; with guidance a picture has two
+        while len(self._drawings) > (_KEPT_SHAPES if self.uses_graphs else 2 * self.abreast):
             self._drawings.popitem(last=False)
         drawing.begin(txt, references, mods)
         return drawing

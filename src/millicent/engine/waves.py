@@ -2,6 +2,8 @@
 
     encode 0, 1, 2 ... | bring the transformer | draw 0, decode 0 | draw 1, decode 1 | ... | bring the text encoder | encode ...
 
+Where the transformer's blocks are streamed, a few are drawn together, so that each block comes once for all of them.
+
 What each edit is told waits for its drawing on the host. All work is on one stream, where memory that one stage has given back
 is taken again by the next. Neither exchange is seen here: whoever reads has the text encoder's weights brought, and whoever draws
 the transformer's.
@@ -37,16 +39,21 @@ def draw_many(stages: Stages, requests: Iterable[EditRequest], ahead: int) -> It
 def _draw_wave(stages: Stages, encoded: deque[Edit]) -> Iterator[Outcome]:
     """Each result comes once the next drawing has been given to the card; each edit is let go then. None are left."""
     last: Edit | None = None
+    together = deque[Edit]()
     while encoded:
-        drawn = encoded.popleft()
-        stages.attempt(drawn, stages.draw)
-        if drawn.was_cut:
-            encoded.clear()
-            break
-        stages.attempt(drawn, stages.decode)
-        if last is not None:
-            yield stages.collect(last)
-        last = drawn
+        together.extend(encoded.popleft() for _ in range(min(stages.abreast, len(encoded))))
+        stages.attempt_together(together)
+        while together:
+            drawn = together.popleft()
+            stages.attempt(drawn, stages.draw)
+            if drawn.was_cut:
+                together.clear()
+                encoded.clear()
+                break
+            stages.attempt(drawn, stages.decode)
+            if last is not None:
+                yield stages.collect(last)
+            last = drawn
     if last is not None:
         yield stages.collect(last)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from millicent.engine.arena import RING_SLOTS
 from millicent.model import sizes
@@ -27,16 +27,24 @@ _RECORDER_BYTES = 160 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phases:
-    """What each phase of an edit has alive at its fullest, beside weights and caches, in bytes."""
+    """What each phase of an edit has alive at its fullest, beside weights and caches, in bytes.
+
+    abreast: more of the denoising, for each pass that goes through the blocks beside the first.
+    """
 
     text: int
     vae_encode: int
     denoise: int
     vae_decode: int
+    abreast: int = 0
 
     @property
     def largest(self) -> int:
         return max(size for _, size in self.named)
+
+    def together(self, passes: int) -> Phases:
+        """With so many passes abreast."""
+        return replace(self, denoise=self.denoise + (passes - 1) * self.abreast)
 
     def recorded_bytes(self, recorded: Sequence[str]) -> int:
         """What the graphs of some phases keep, whatever runs."""
@@ -149,6 +157,7 @@ def weigh(
             vae_encode=_vae_phase(model, work.reference_px),
             denoise=_denoise_phase(model, work, number_format),
             vae_decode=_vae_phase(model, work.width * work.height),
+            abreast=_abreast_bytes(model, work),
         ),
     )
 
@@ -176,11 +185,23 @@ def _denoise_phase(model: ModelSizes, work: Workload, number_format: str) -> int
     code = 1 if number_format in ("fp8", "int8") else 2
     dim, tokens = model.transformer.dim, sizes.step_flop(model.transformer, work).tokens
     alive = tokens * dim * (20 + 5 * code)
-    rows = (work.reference_tokens + work.text_tokens) * dim * BF16_BYTES
-    angles = tokens * model.transformer.attention_head_dim * 4
-    buffers = work.forwards * (rows + angles + sizes.table_bytes(model.transformer, 1))
+    buffers = work.forwards * _drawing_bytes(model, work)
     if number_format == "int8-weight":
         alive += 6 * 4 * dim**2  # the largest weight, multiplied out in FP32 and then in BF16
     if number_format == "nvfp4":
         alive += 24 * 4 * dim * tokens  # the widest rows in FP32, their quotients and the codes as 64-bit numbers
     return alive + buffers
+
+
+def _drawing_bytes(model: ModelSizes, work: Workload) -> int:
+    """Of one drawing's buffers: what comes in once for each picture, rotations, and a step's modulation."""
+    dim, tokens = model.transformer.dim, sizes.step_flop(model.transformer, work).tokens
+    rows = (work.reference_tokens + work.text_tokens) * dim * BF16_BYTES
+    angles = tokens * model.transformer.attention_head_dim * 4
+    return rows + angles + sizes.table_bytes(model.transformer, 1)
+
+
+def _abreast_bytes(model: ModelSizes, work: Workload) -> int:
+    """What a pass has alive while another one is in a block: the stream, what the MLP adds to it, and attention's result."""
+    dim, tokens = model.transformer.dim, sizes.step_flop(model.transformer, work).tokens
+    return 3 * tokens * dim * BF16_BYTES + _drawing_bytes(model, work)
