@@ -181,6 +181,7 @@ def tell_placement(placement: Any, wave: int) -> dict[str, Any]:
         "peaks": {name: round(size / GIB, 3) for name, size in placement.peaks},
         "wave": wave,
         "in_turn": placement.in_turn,
+        "abreast": placement.abreast,
         "recorded": list(placement.recorded),
         "arena_gib": round(placement.arena_bytes / GIB, 3),
         "resident_blocks": placement.resident_blocks,
@@ -217,7 +218,8 @@ def compare(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def show(rows: dict[str, dict[str, Any]]) -> None:
-    table = Table("cap", "alone s", "x", "GB", "waves s", "x", "GB", "peak/plan GiB", "blocks", "encoder", "same", "load s")
+    names = ("cap", "alone s", "x", "GB", "waves s", "x", "GB", "peak/plan GiB", "blocks", "abreast", "encoder", "same", "load s")
+    table = Table(*names)
     for cap, row in rows.items():
         if "failed" in row:
             table.add_row(cap, row["failed"])
@@ -228,6 +230,7 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
             *kinds,
             f"{row.get('peak_gib')}/{row.get('planned_gib')}",
             str(row.get("resident_blocks")),
+            str(row.get("abreast")),
             str(row.get("resident_encoder_layers")),
             str(row.get("same_pictures")),
             str(row["loaded_s"]),

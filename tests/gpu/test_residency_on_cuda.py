@@ -92,7 +92,7 @@ def test_the_host_waits_for_no_copy(share: float) -> None:
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("count", [1, 3])
 def test_copies_what_the_placement_says(share: float, count: int) -> None:
-    """A wave exchanges once, and reads and draws for each of its edits."""
+    """A wave exchanges once, reads for each of its edits, and draws as many together as the placement has it."""
     model = load("own", share)
     residency, placement = residency_of(model), residency_of(model).placement
     Editor("demo", model).edit(ask(0))
@@ -100,7 +100,9 @@ def test_copies_what_the_placement_says(share: float, count: int) -> None:
     outcomes = list(Editor("demo", model).edit_many(ask(number, 3 + number) for number in range(count)))
     copied = residency.copied_bytes - before
     assert all(pictures_of(one) for one in outcomes)
-    told = placement.exchanged_bytes + count * placement.edit_bytes(fitting.usual_work(model.card))
+    work = fitting.usual_work(model.card)
+    drawn = -(-count // placement.abreast) * work.steps * placement.streamed_step_bytes
+    told = placement.exchanged_bytes + count * placement.reading_bytes(work) + drawn
     # what a ring has of the next pass when the other network comes is lost
     assert told <= copied <= told + 2 * max(layer.size_bytes for layer in layers_of(model))
 
