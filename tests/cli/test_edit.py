@@ -188,7 +188,9 @@ def test_where_weights_lie_is_told_where_not_all_are_on_the_card(capsys: pytest.
     tell(editor_on(12))
     in_turn, transformer = capsys.readouterr().err.splitlines()[-2:]
     assert "they lie on the card in turn" in in_turn
-    assert re.fullmatch(r"transformer: \d+ of 60 layers fit; [\d.]+ GiB cross the link in every step", transformer)
+    assert re.fullmatch(
+        r"transformer: \d+ of 60 layers fit; [\d.]+ GiB cross the link in every step, for 2 pictures together", transformer
+    )
 
 
 def test_where_weights_lay_is_written_down() -> None:

@@ -88,6 +88,7 @@ def test_a_machine_from_a_file() -> None:
     assert (made["wave_images"], made["records_graphs"], made["recorded"]) == (10, False, [])
     assert made["phase_peak_bytes"]["denoise"] > made["arena_bytes"] > 0
     assert made["resident_blocks"] < 60
+    assert made["abreast"] == 2
 
 
 def test_what_is_recorded_is_told_and_what_it_keeps() -> None:

@@ -337,6 +337,24 @@ def test_what_fails_together_is_drawn_one_by_one_and_told_of_the_one_that_fails(
     assert all(same(one, other) for one, other in zip(found, expected, strict=True))
 
 
+def test_what_does_not_fit_together_is_not_tried_so_again(
+    abreast: Editor, fast: Editor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, right, together = [fast.edit(make_request(number)) for number in range(7)], pipeline.draw_together, list[int]()
+
+    def fails(told: Any, *rest: Any) -> Any:
+        together.append(len(told))
+        if len(told) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return right(told, *rest)
+
+    monkeypatch.setattr(pipeline, "draw_together", fails)
+    found = list(abreast.edit_many(map(make_request, range(7))))
+    assert all(same(one, other) for one, other in zip(found, expected, strict=True))
+    assert together == [3, 1, 1, 1, 1, 1, 1, 1]
+    assert "drawn one by one, and not 3 together" in caplog.text
+
+
 def test_cancelled_in_a_drawing_all_that_are_drawn_together_stop(abreast: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     cancelled, steps, go_on = threading.Event(), list[int](), Stages._go_on
 

@@ -50,6 +50,7 @@ def plan_to_dict(planned: MachinePlan, asked: Asked) -> dict[str, Any]:
         "resident_blocks": placement.resident_blocks,
         "resident_encoder_layers": placement.resident_encoder_layers,
         "streamed_step_bytes": placement.streamed_step_bytes,
+        "abreast": placement.abreast,
         "streamed_text_bytes": placement.streamed_text_bytes,
         "exchanged_bytes": placement.exchanged_bytes,
         "pinned_bytes": placement.pinned_bytes,

@@ -180,7 +180,10 @@ class Stages:
             once_more_with_less(self._model, error, work)
 
     def attempt_together(self, edits: Sequence[Edit]) -> None:
-        """Draw several at once. Where that fails none has been drawn; attempted by itself, each tells whether it was the cause."""
+        """Draw several at once. Where that fails none has been drawn; attempted by itself, each tells whether it was the cause.
+
+        What does not fit together is not tried so again.
+        """
         ready = [edit for edit in edits if edit.error is None and not edit.was_cut]
         if len(ready) < 2:
             return
@@ -188,7 +191,9 @@ class Stages:
             with failures.guarded(self._model):
                 self._draw(ready)
         except MillicentError as error:
-            _LOG.debug("%d pictures are drawn one by one: %s", len(ready), error)
+            if failures.is_out_of_memory(error) and self._model.fast is not None:
+                self._model.fast.network.abreast = 1
+                _LOG.warning("%s From now on pictures are drawn one by one, and not %d together.", error.message, len(ready))
         except _Cancelled:
             for edit in ready:
                 edit.was_cut = True
