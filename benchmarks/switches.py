@@ -46,6 +46,7 @@ from benchmarks.switch_rows import Before, DrawMany, Group, Switch, fast_of, mak
 from benchmarks.systems import forget
 from benchmarks.true_size import SIZES, make_pipeline
 from millicent.edits import EditRequest
+from millicent.engine import drawing
 from millicent.engine import pipeline as stages_of
 from millicent.engine.editor import Editor
 from millicent.engine.loading import Model
@@ -87,7 +88,7 @@ def make_truth(pipeline: diffusers.QwenImageEditPlusPipeline, job: Job) -> Truth
         torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
         for values in (pipeline.vae.config.latents_mean, pipeline.vae.config.latents_std)
     )
-    raw = stages_of.unpack(latents, *job.img_shapes[1]) * deviation + mean
+    raw = drawing.unpack(latents, *job.img_shapes[1]) * deviation + mean
     truth = Truth(velocity, text, latents, pipeline.vae.decode(raw[:, :, None]).sample[:, :, 0].clamp(-1, 1))
     assert all(bool(getattr(truth, field.name).isfinite().all()) for field in dataclasses.fields(truth))
     return truth
@@ -117,8 +118,8 @@ def errors_of(step: Callable[[], Tensor], switch: Switch, model: Model, job: Job
     for _ in range(2):  # the second is what comes from a recording, or from memory
         switch.before_edit(model)
         text = stages_of.read(job.prompt, prepared, model)
-        latents = stages_of.pack(stages_of.encode_picture(prepared.references[0], model))
-        pixels = model.vae.decode(stages_of.unpack(truth.latents, *job.img_shapes[1]))
+        latents = drawing.pack(stages_of.encode_picture(prepared.references[0], model))
+        pixels = model.vae.decode(drawing.unpack(truth.latents, *job.img_shapes[1]))
     found = Truth(step(), text, latents, pixels)
     names = [field.name for field in dataclasses.fields(Truth)]
     return {name: relative_error(getattr(found, name), getattr(truth, name)) for name in names}
@@ -195,7 +196,7 @@ def time_stages(before: Before, model: Model, job: Job) -> dict[str, float]:
     timed("text", lambda: stages_of.read(job.prompt, prepared, model))
     timed("vae_encode", lambda: [stages_of.encode_picture(one, model) for one in prepared.references])
     told = stages_of.encode(prepared, model, job.prompt, None)
-    latents = timed("denoise", lambda: stages_of.draw(told, model, course.sigmas, course.seeds, course.true_cfg))
+    latents = timed("denoise", lambda: drawing.draw(told, model, course.sigmas, course.seeds, course.true_cfg))
     sent = timed("vae_decode", lambda: stages_of.send(latents.tensor, model))
     timed("to_pil", lambda: stages_of.receive(sent, request))
     return times_ms

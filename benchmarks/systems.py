@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.peers import Job, Opener, System
 from benchmarks.true_size import make_card, to_millicent
 from millicent.edits import EditRequest
+from millicent.engine import drawing
 from millicent.engine import pipeline as stages_of
 from millicent.engine.editor import Editor
 from millicent.engine.loading import Model, speed_up_model
@@ -80,9 +81,9 @@ def make_step(model: Model, job: Job) -> Callable[[], Tensor]:
     mods, rows = model.fast.modulation.mods([float(job.timestep), 0.0])
 
     def start() -> Callable[[], Tensor]:
-        drawing = network.start(job.txt, job.img[:, target:], job.img_shapes, mods)
-        drawing.step(job.img[:, :target], rows[0])
-        return lambda: drawing.step(job.img[:, :target], rows[0])
+        begun = network.start(job.txt, job.img[:, target:], job.img_shapes, mods)
+        begun.step(job.img[:, :target], rows[0])
+        return lambda: begun.step(job.img[:, :target], rows[0])
 
     start()
     return torch.inference_mode()(start())  # a shape that comes again is captured
@@ -109,7 +110,7 @@ def _stages(model: Model, request: EditRequest, job: Job) -> dict[str, float]:
     conditioning = stages_of.encode(prepared, model, request.prompt, None)
     sigmas, _ = stages_of.make_sigmas(request, model, prepared.height, prepared.width)
     began = _now(model)
-    latents = stages_of.draw(conditioning, model, sigmas, (job.seed,), 1.0)
+    latents = drawing.draw(conditioning, model, sigmas, (job.seed,), 1.0)
     drawn = _now(model)
     sent = stages_of.send(latents.tensor, model)
     decoded = _now(model)

@@ -19,8 +19,9 @@ import millicent.engine.editor as editor_module
 from millicent import demo
 from millicent.edits import EditRequest, Progress
 from millicent.engine import loading, pipeline
+from millicent.engine.drawing import pack, unpack
 from millicent.engine.editor import Editor, find_model
-from millicent.engine.pipeline import drawn_size, pack, size_for_area, to_pixels, unpack
+from millicent.engine.pipeline import drawn_size, size_for_area, to_pixels
 from millicent.engine.sampler import lightning_sigmas
 from millicent.engine.settings import Settings
 from millicent.errors import (

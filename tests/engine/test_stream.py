@@ -13,7 +13,7 @@ import torch
 from conftest import draw_picture
 
 from millicent.edits import EditRequest, EditResult
-from millicent.engine import pipeline
+from millicent.engine import drawing, pipeline
 from millicent.engine.editor import Editor
 from millicent.engine.settings import Settings
 from millicent.engine.stream import Stages
@@ -98,7 +98,7 @@ def test_what_fails_for_memory_once_is_drawn_again_and_what_always_does_is_told(
     editor: Editor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [editor.edit(make_request(number)) for number in range(4)]
-    draw, calls = pipeline.draw, []
+    draw, calls = drawing.draw, []
 
     def fails(conditioning: Any, model: Any, sigmas: Any, seeds: tuple[int, ...], *rest: Any) -> Any:
         calls.append(seeds[0])
@@ -106,7 +106,7 @@ def test_what_fails_for_memory_once_is_drawn_again_and_what_always_does_is_told(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return draw(conditioning, model, sigmas, seeds, *rest)
 
-    monkeypatch.setattr(pipeline, "draw", fails)
+    monkeypatch.setattr(drawing, "draw", fails)
     found = list(editor.edit_many([make_request(number) for number in range(4)]))
     assert calls == [0, 1, 1, 2, 2, 3]
     assert isinstance(found.pop(2), MachineError)
@@ -154,7 +154,7 @@ def test_it_can_be_stopped_and_edits_made_between(editor: Editor) -> None:
 def test_the_next_is_prepared_while_one_is_drawn(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first drawing waits until the second request is prepared; alone in its thread it would wait for ever."""
     second_prepared = threading.Event()
-    prepare, draw = pipeline.prepare, pipeline.draw
+    prepare, draw = pipeline.prepare, drawing.draw
 
     def prepare_and_tell(request: EditRequest, model: Any) -> Any:
         made = prepare(request, model)
@@ -167,7 +167,7 @@ def test_the_next_is_prepared_while_one_is_drawn(editor: Editor, monkeypatch: py
         return draw(*args)
 
     monkeypatch.setattr(pipeline, "prepare", prepare_and_tell)
-    monkeypatch.setattr(pipeline, "draw", wait_and_draw)
+    monkeypatch.setattr(drawing, "draw", wait_and_draw)
     assert len(list(editor.edit_many([make_request(0), make_request(1)]))) == 2
 
 

@@ -14,7 +14,7 @@ import torch
 from test_stream import REQUESTS, SETTINGS, make_request, same
 
 from millicent.edits import EditRequest, EditResult
-from millicent.engine import pipeline, stream, waves
+from millicent.engine import drawing, pipeline, stream, waves
 from millicent.engine.editor import Editor
 from millicent.engine.stream import Stages
 from millicent.errors import CheckpointError, MachineError, MillicentError, PromptTooLongError, SizeError
@@ -40,7 +40,7 @@ def in_waves(editor: Editor, wave: int) -> Editor:
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is done, in its order: e for an edit's encoding, d for its drawing, s for its decoding, with its number."""
-    done, encode, draw, send = list[str](), pipeline.encode, pipeline.draw, pipeline.send
+    done, encode, draw, send = list[str](), pipeline.encode, drawing.draw, pipeline.send
 
     def encode_and_tell(prepared: Any, model: Any, prompt: str, negative: str | None) -> Any:
         done.append(f"e{prompt.rpartition(' ')[2]}")
@@ -55,7 +55,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return send(latents, model)
 
     monkeypatch.setattr(pipeline, "encode", encode_and_tell)
-    monkeypatch.setattr(pipeline, "draw", draw_and_tell)
+    monkeypatch.setattr(drawing, "draw", draw_and_tell)
     monkeypatch.setattr(pipeline, "send", send_and_tell)
     return done
 
@@ -132,7 +132,8 @@ def test_what_fails_for_memory_once_is_done_again_and_what_always_does_is_told(
     single: Editor, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     expected = [single.edit(make_request(number)) for number in range(4)]
-    right, calls = getattr(pipeline, stage), []
+    home = drawing if stage == "draw" else pipeline
+    right, calls = getattr(home, stage), []
 
     def fails(first: Any, model: Any, third: Any, fourth: Any, *rest: Any) -> Any:
         number = fourth[0] if stage == "draw" else int(third[-1])
@@ -144,7 +145,7 @@ def test_what_fails_for_memory_once_is_done_again_and_what_always_does_is_told(
     def nothing_can_go(model: Any, error: MillicentError, work: Any) -> None:
         raise error
 
-    monkeypatch.setattr(pipeline, stage, fails)
+    monkeypatch.setattr(home, stage, fails)
     monkeypatch.setattr(stream, "once_more_with_less", nothing_can_go)
     found = list(in_waves(single, 3).edit_many(map(make_request, range(4))))
     assert calls == [0, 1, 1, 2, 2, 3]
@@ -162,7 +163,8 @@ def test_a_run_that_finds_memory_short_goes_on_in_waves(
     editor, asked = in_waves(single, 3), [0, 1, 2, 3, 4, 5]
     residency: Any = editor._model.residency
     residency.in_turn = False
-    right = getattr(pipeline, stage)
+    home = drawing if stage == "draw" else pipeline
+    right = getattr(home, stage)
 
     def fails(first: Any, model: Any, third: Any, fourth: Any, *rest: Any) -> Any:
         number = fourth[0] if stage == "draw" else int(third[-1])
@@ -174,7 +176,7 @@ def test_a_run_that_finds_memory_short_goes_on_in_waves(
         residency.in_turn = True
         work()
 
-    monkeypatch.setattr(pipeline, stage, fails)
+    monkeypatch.setattr(home, stage, fails)
     monkeypatch.setattr(stream, "once_more_with_less", go_lower)
     found = list(editor.edit_many(map(make_request, asked)))
     monkeypatch.undo()
@@ -298,13 +300,13 @@ def abreast(fast: Editor, monkeypatch: pytest.MonkeyPatch) -> Editor:
 
 
 def test_a_few_are_drawn_together(abreast: Editor, work: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    together, right = list[int](), pipeline.draw_together
+    together, right = list[int](), drawing.draw_together
 
     def draw_and_tell(told: Any, model: Any, *rest: Any) -> Any:
         together.append(len(told))
         return right(told, model, *rest)
 
-    monkeypatch.setattr(pipeline, "draw_together", draw_and_tell)
+    monkeypatch.setattr(drawing, "draw_together", draw_and_tell)
     found = list(abreast.edit_many(map(make_request, range(4))))
     assert together == [3, 1]
     assert " ".join(work) == "e0 e1 e2 e3 s s s d3 s"
@@ -316,8 +318,8 @@ def test_a_few_are_drawn_together(abreast: Editor, work: list[str], monkeypatch:
 def test_what_fails_together_is_drawn_one_by_one_and_told_of_the_one_that_fails(
     abreast: Editor, fast: Editor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, right = [fast.edit(make_request(number)) for number in range(4)], pipeline.draw
-    right_together = pipeline.draw_together
+    expected, right = [fast.edit(make_request(number)) for number in range(4)], drawing.draw
+    right_together = drawing.draw_together
 
     def fails(told: Any, model: Any, sigmas: Any, seeds: Any, *rest: Any) -> Any:
         if seeds[0] == 1:
@@ -329,8 +331,8 @@ def test_what_fails_together_is_drawn_one_by_one_and_told_of_the_one_that_fails(
             raise MachineError("They are too hard to draw.", "Draw others.")
         return right_together(told, *rest)
 
-    monkeypatch.setattr(pipeline, "draw", fails)
-    monkeypatch.setattr(pipeline, "draw_together", fails_together)
+    monkeypatch.setattr(drawing, "draw", fails)
+    monkeypatch.setattr(drawing, "draw_together", fails_together)
     found = list(abreast.edit_many(map(make_request, range(4))))
     assert isinstance(found.pop(1), MachineError)
     del expected[1]
@@ -340,7 +342,7 @@ def test_what_fails_together_is_drawn_one_by_one_and_told_of_the_one_that_fails(
 def test_what_does_not_fit_together_is_not_tried_so_again(
     abreast: Editor, fast: Editor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected, right, together = [fast.edit(make_request(number)) for number in range(7)], pipeline.draw_together, list[int]()
+    expected, right, together = [fast.edit(make_request(number)) for number in range(7)], drawing.draw_together, list[int]()
 
     def fails(told: Any, *rest: Any) -> Any:
         together.append(len(told))
@@ -348,7 +350,7 @@ def test_what_does_not_fit_together_is_not_tried_so_again(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return right(told, *rest)
 
-    monkeypatch.setattr(pipeline, "draw_together", fails)
+    monkeypatch.setattr(drawing, "draw_together", fails)
     found = list(abreast.edit_many(map(make_request, range(7))))
     assert all(same(one, other) for one, other in zip(found, expected, strict=True))
     assert together == [3, 1, 1, 1, 1, 1, 1, 1]

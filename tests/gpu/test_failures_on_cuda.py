@@ -13,7 +13,7 @@ from conftest import draw_picture
 pytest.importorskip("triton")
 
 from millicent.edits import EditRequest, EditResult
-from millicent.engine import pipeline
+from millicent.engine import drawing
 from millicent.engine.editor import Editor
 from millicent.engine.transformer import Drawing
 from millicent.errors import MachineError
@@ -54,7 +54,7 @@ def limit_memory() -> None:
 
 def draw_in_little_memory(monkeypatch: pytest.MonkeyPatch, when: Callable[[tuple[int, ...]], bool]) -> None:
     """Drawing has little memory where `when` says so of the seeds."""
-    draw = pipeline.draw
+    draw = drawing.draw
 
     def limited(conditioning: Any, model: Any, sigmas: Any, seeds: tuple[int, ...], *rest: Any) -> Any:
         if when(seeds):
@@ -64,7 +64,7 @@ def draw_in_little_memory(monkeypatch: pytest.MonkeyPatch, when: Callable[[tuple
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
-    monkeypatch.setattr(pipeline, "draw", limited)
+    monkeypatch.setattr(drawing, "draw", limited)
 
 
 @pytest.mark.parametrize("edits_before", [0, 1, 2], ids=["first", "to be recorded", "recorded"])

@@ -14,7 +14,7 @@ from capped_demo import WORDS, ask, keep_contents, load, pictures_of, residency_
 pytest.importorskip("triton")
 
 from millicent.edits import EditRequest
-from millicent.engine import pipeline, pressure
+from millicent.engine import drawing, pressure
 from millicent.engine.editor import Editor
 from millicent.errors import MachineError
 
@@ -55,7 +55,7 @@ def wanted_large() -> list[list[bytes]]:
 
 def limit_draws(monkeypatch: pytest.MonkeyPatch, times: int, *, lifts: bool) -> None:
     """So many large drawings find less of the card's memory than is taken already. lifts: the limit, when each has ended."""
-    right, left = pipeline.draw, iter(range(times))
+    right, left = drawing.draw, iter(range(times))
 
     def limited(told: Any, model: Any, sigmas: Any, seeds: tuple[int, ...], *rest: Any) -> Any:
         if seeds != (LARGE.seed,) or next(left, None) is None:
@@ -69,7 +69,7 @@ def limit_draws(monkeypatch: pytest.MonkeyPatch, times: int, *, lifts: bool) -> 
             if lifts:
                 torch.cuda.set_per_process_memory_fraction(1.0)
 
-    monkeypatch.setattr(pipeline, "draw", limited)
+    monkeypatch.setattr(drawing, "draw", limited)
 
 
 @pytest.mark.parametrize("many", [False, True])

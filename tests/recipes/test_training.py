@@ -13,8 +13,8 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from millicent.engine.drawing import pack, unpack
 from millicent.engine.editor import Editor
-from millicent.engine.pipeline import pack, unpack
 from millicent.model.prompt import IMAGE_PAD
 from recipes.demo import distill, export, pool, prompts, repair_encoder, train_editor, train_vae
 from recipes.demo.encoder import encode_prompts, silence

@@ -136,7 +136,7 @@ class Editor:
     def _draw(self, request: EditRequest, on_progress: OnProgress | None) -> EditResult:
         import torch
 
-        from millicent.engine import failures, pipeline
+        from millicent.engine import drawing, failures, pipeline
         from millicent.engine.watch import Watch
 
         model = self._model
@@ -149,7 +149,7 @@ class Editor:
             with watch.stage("encode"):
                 conditioning = pipeline.encode(prepared, model, request.prompt, course.negative_prompt)
             with watch.stage("denoise", course.steps) as on_step:
-                latents = pipeline.draw(conditioning, model, course.sigmas, course.seeds, course.true_cfg, on_step)
+                latents = drawing.draw(conditioning, model, course.sigmas, course.seeds, course.true_cfg, on_step)
             with watch.stage("decode", len(course.seeds)) as on_step:
                 images = pipeline.decode(latents, request, model, on_step)
         return self._make_result(course, images, watch.timings())

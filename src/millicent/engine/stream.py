@@ -33,10 +33,11 @@ from PIL import Image
 from torch import Tensor
 
 from millicent.edits import EditRequest, EditResult, Timings
-from millicent.engine import failures, pipeline
+from millicent.engine import drawing, failures, pipeline
+from millicent.engine.drawing import Conditioning, Latents, Told
 from millicent.engine.loading import Model
 from millicent.engine.output import Sent
-from millicent.engine.pipeline import Conditioning, Course, Latents, Prepared, Told
+from millicent.engine.pipeline import Course, Prepared
 from millicent.engine.pressure import once_more_with_less
 from millicent.engine.watch import Mark, mark, seconds_between
 from millicent.errors import MillicentError
@@ -223,9 +224,9 @@ class Stages:
             told = [self._tell(edit) for edit in edits]
             if len(told) == 1:
                 (of,) = told
-                drawn = [pipeline.draw(of.conditioning, self._model, of.sigmas, of.seeds, of.true_cfg, on_step)]
+                drawn = [drawing.draw(of.conditioning, self._model, of.sigmas, of.seeds, of.true_cfg, on_step)]
             else:
-                drawn = pipeline.draw_together(told, self._model, on_step)
+                drawn = drawing.draw_together(told, self._model, on_step)
         for edit, latents in zip(edits, drawn, strict=True):
             edit.latents, edit.conditioning, edit.abreast = latents, None, len(edits)
 
