@@ -84,7 +84,8 @@ def _seconds(work: Any) -> float:
 def run_capped(folder: Path, cap_gib: float | None, side_px: int, images: int, link_gb_per_s: float) -> dict[str, Any]:
     """One cap, in a process that has done nothing else."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    logging.getLogger("millicent").setLevel(logging.DEBUG)  # whatever memory runs out for
+    logging.basicConfig()  # to standard error
+    logging.getLogger("millicent").setLevel(logging.DEBUG)  # what memory ran out for
     settings = Settings() if cap_gib is None else Settings(memory_gb=cap_gib * USABLE * GIB / 1e9)
     delay = slow_down(device, link_gb_per_s) if device.type == "cuda" else None
     began = time.perf_counter()
