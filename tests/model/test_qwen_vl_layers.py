@@ -133,6 +133,7 @@ BAD_CONFIGS = {
     "rope_theta": (-1.0, "rope_theta = -1.0"),
     "rope_scaling": ({"type": "mrope"}, "mrope_section is None"),
     "vision_config": ({}, "lacks depth"),
+    "text_config": ([1], "an object was wanted"),
     "image_token_id": (True, "image_token_id = True"),
 }
 

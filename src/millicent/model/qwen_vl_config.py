@@ -101,6 +101,9 @@ class QwenVLConfig:
         """Read a text_encoder/config.json, of either of transformers' layouts. Raises CheckpointError for another architecture."""
         if config.get("model_type") != _MODEL_TYPE:
             raise CheckpointError(f"The text encoder is {config.get('model_type')!r}; Qwen-Image-Edit has {_MODEL_TYPE}.", _FIX)
+        for part in ("vision_config", "text_config"):
+            if not isinstance(config.get(part) or {}, Mapping):
+                raise _refusal(part, config[part], "an object")
         return _fill(
             cls,
             config,
