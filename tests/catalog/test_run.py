@@ -676,7 +676,7 @@ def test_an_image_that_kills_the_process_comes_last(tmp_path: Path, start: Stage
     assert len(outputs(tmp_path)) == 6
 
 
-def test_ten_thousand_finished_rows_are_passed_over_quickly_and_in_flat_memory(tmp_path: Path, start: Stage) -> None:
+def test_ten_thousand_finished_rows_are_passed_over_in_flat_memory(tmp_path: Path, start: Stage) -> None:
     def rows() -> Iterator[Row]:
         (first,) = rows_of(tmp_path, 1)
         return (replace(first, id=f"p{number}", line=number + 2) for number in range(10_000))
@@ -690,15 +690,13 @@ def test_ten_thousand_finished_rows_are_passed_over_quickly_and_in_flat_memory(t
             (out / item.output).parent.mkdir(parents=True)
             (out / item.output).touch()
             ledger.adopt(candidate.work, WEIGHTS)
-    began = time.perf_counter()
     tracemalloc.start()
     try:
         assert start(FakeEditor(draw=refuse), rows(), recipe).already == 10_000
         most_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # 100,000 in 5 s would be half a second; tracing takes most of the rest. Names that were seen take 16 bytes and room to grow
-    assert time.perf_counter() - began < 5
+    # names that were seen take 16 bytes and room to grow; how long it takes is benchmarks.catalog's
     assert most_bytes < 4_000_000
 
 
