@@ -19,9 +19,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -30,10 +30,12 @@ from rich.table import Table
 
 from benchmarks.machine import ROOT, describe_machine
 from millicent.edits import EditRequest, EditResult
+from millicent.engine import drawing, pipeline
 from millicent.engine.editor import Editor
 from millicent.engine.settings import Settings
 from millicent.engine.weighing import CONTEXT_BYTES
 
+T = TypeVar("T")
 RESULTS = ROOT / "benchmarks" / "results" / "memory.jsonl"
 GIB = 1 << 30
 # of a card's memory, what a program finds free: 22.5 GiB of an RTX 4090's 24
@@ -112,6 +114,7 @@ def run_capped(folder: Path, cap_gib: float | None, side_px: int, images: int, l
         "waves": waves,
         "pictures": [*alone.pop("pictures"), *waves.pop("pictures"), other],
         **({} if device.type != "cuda" else measure_memory(device)),
+        **({} if device.type != "cuda" else measure_phases(editor, requests[0])),
         **({} if placement is None else tell_placement(placement, editor._model.wave)),
     }
 
@@ -163,6 +166,34 @@ def measure_memory(device: torch.device) -> dict[str, Any]:
         "graphs_gib": [round(size / GIB, 3) for size in pools],
         "context_gib": round(own / GIB, 3),
     }
+
+
+@torch.inference_mode()
+def measure_phases(editor: Editor, request: EditRequest) -> dict[str, Any]:
+    """What a plan's phases have alive, each by itself: beside what lay there before it. idle_gib: that, with nothing remembered."""
+    model, alive_gib = editor._model, dict[str, float]()
+    for kept in (model.latents, *([model.reader.pictures, model.reader.openings, model.reader.embeddings] if model.reader else [])):
+        if kept is not None:
+            kept.clear()
+
+    def watch(name: str, work: Callable[[], T]) -> T:
+        torch.cuda.synchronize(model.device)
+        before = torch.cuda.memory_allocated(model.device)
+        torch.cuda.reset_peak_memory_stats(model.device)
+        made = work()
+        torch.cuda.synchronize(model.device)
+        alive_gib[name] = round((torch.cuda.max_memory_allocated(model.device) - before) / GIB, 3)
+        return made
+
+    idle_gib = round(torch.cuda.memory_allocated(model.device) / GIB, 3)
+    prepared = pipeline.prepare(request, model)
+    course = pipeline.settle(request, model, prepared.height, prepared.width)
+    watch("VAE encode", lambda: [pipeline.encode_picture(reference, model) for reference in prepared.references])
+    watch("text", lambda: pipeline.read(request.prompt, prepared, model))
+    told = pipeline.encode(prepared, model, request.prompt, None)
+    latents = watch("denoise", lambda: drawing.draw(told, model, course.sigmas, course.seeds, course.true_cfg))
+    watch("VAE decode", lambda: pipeline.send(latents.tensor, model))
+    return {"idle_gib": idle_gib, "alive_gib": alive_gib}
 
 
 def idle_of_graphs(segments: Sequence[Mapping[str, Any]]) -> list[int]:

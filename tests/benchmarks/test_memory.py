@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
+import torch
 
-from benchmarks.memory import compare, idle_of_graphs, make_requests, run_capped
-from millicent import demo
+from benchmarks.memory import compare, idle_of_graphs, make_requests, measure_phases, run_capped
+from millicent import Editor, demo
+from millicent.engine.settings import Settings
 
 
 def test_a_run_draws_the_same_pictures_alone_and_in_a_row() -> None:
@@ -44,3 +47,17 @@ def test_what_graphs_keep_for_themselves_is_counted() -> None:
         {"segment_pool_id": (3, 0), "total_size": 8, "allocated_size": 0},
     ]
     assert idle_of_graphs(segments) == [15, 8]
+
+
+def test_each_phase_is_watched_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, with a card's counters that say how much more was given out each time they are asked."""
+    allocated, told = itertools.count(10, 10), list[str]()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: told.append("wait"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: told.append("reset"))
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: next(allocated) << 30)
+    editor = Editor.open("demo", device="cpu", settings=Settings(format="bf16"))
+    (request,) = make_requests(1, 64)
+    phases = ("VAE encode", "text", "denoise", "VAE decode")
+    assert measure_phases(editor, request) == {"idle_gib": 10.0, "alive_gib": dict.fromkeys(phases, 10.0)}
+    assert told == ["wait", "reset", "wait"] * 4
