@@ -172,9 +172,11 @@ def measure_memory(device: torch.device) -> dict[str, Any]:
 def measure_phases(editor: Editor, request: EditRequest) -> dict[str, Any]:
     """What a plan's phases have alive, each by itself: beside what lay there before it. idle_gib: that, with nothing remembered."""
     model, alive_gib = editor._model, dict[str, float]()
-    for kept in (model.latents, *([model.reader.pictures, model.reader.openings, model.reader.embeddings] if model.reader else [])):
-        if kept is not None:
-            kept.clear()
+    assert model.latents is not None
+    model.latents.clear()
+    assert model.reader is not None
+    for kept in (model.reader.pictures, model.reader.openings, model.reader.embeddings):
+        kept.clear()
 
     def watch(name: str, work: Callable[[], T]) -> T:
         torch.cuda.synchronize(model.device)
