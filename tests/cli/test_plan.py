@@ -94,16 +94,16 @@ def test_a_machine_from_a_file() -> None:
 def test_what_is_recorded_is_told_and_what_it_keeps() -> None:
     whole = planned("--gpu", "H100 SXM")
     assert (whole["records_graphs"], whole["recorded"]) == (True, ["text", "VAE encode", "denoise", "VAE decode"])
-    assert "in VAE encode, beside what graphs of all phases keep" in run("--gpu", "H100 SXM")
+    assert "in VAE decode, beside what graphs of all phases keep" in run("--gpu", "H100 SXM")
     machine = str(MACHINES / "rtx-4090.json")
     partly = planned("--machine", machine)
     assert (partly["records_graphs"], partly["recorded"]) == (False, ["text", "denoise"])
     shown = run("--machine", machine)
-    assert "in VAE encode, beside what graphs of text and denoise keep" in shown
+    assert "in VAE decode, beside what graphs of text and denoise keep" in shown
     assert "graphs are recorded of text and denoise alone" in shown
     none = run("--gpu", "RTX 4090", "--memory", "23.5")
     assert "graphs are not recorded" in none
-    assert "in VAE encode; " in none
+    assert "in VAE decode; " in none
 
 
 def test_less_memory_of_the_card_is_planned_for() -> None:

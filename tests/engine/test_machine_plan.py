@@ -109,7 +109,7 @@ def test_the_plan_of_each_machine(name: str, wanted: tuple[str, str] | str) -> N
     [
         ("h200", ("text", "VAE encode", "denoise", "VAE decode")),
         ("rtx-4090", ("text", "denoise")),
-        ("l4", ()),
+        ("l4", ("text",)),
         ("rtx-4070-ti", ()),
     ],
 )

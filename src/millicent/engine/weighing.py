@@ -18,9 +18,11 @@ LATENTS_CACHE_BYTES = 32 << 20  # of what the VAE made of pictures; one of 1024x
 # of the phases, which are recorded as graphs: as many as fit. What a host launches at once saves most where launches are many and
 # small, as in the text encoder, and next where they are many
 RECORDED: tuple[tuple[str, ...], ...] = (("text", "VAE encode", "denoise", "VAE decode"), ("text", "denoise"), ("text",), ())
-# whose graphs share one pool of memory (engine/capture.py), and how many times as large it is as the larger of them: what passes
-# ask for in turn cuts it up, and nothing of it can be given back (benchmarks.memory, at true size on an H200)
-_POOLS = ((("text",), 2.6), (("VAE encode", "VAE decode"), 1.85), (("denoise",), 1.55))
+# whose graphs share one pool of memory (engine/capture.py)
+_POOLS = (("text",), ("VAE encode", "VAE decode"), ("denoise",))
+# how many times as large a pool is as the larger phase: what passes ask for in turn cuts it up, and nothing of it can be given
+# back. At true size on an H200 (benchmarks.memory, commit 81bd45e): 0.197, 1.355 and 0.973 GiB for 0.166, 0.938 and 0.627 alive
+_CUT_UP = 1.55
 # beside each: cuBLAS's workspaces of its own stream, and what its graphs are fed and what they made
 _RECORDER_BYTES = 160 << 20
 
@@ -49,9 +51,9 @@ class Phases:
     def recorded_bytes(self, recorded: Sequence[str]) -> int:
         """What the graphs of some phases keep, whatever runs."""
         size_of, total = dict(self.named), 0
-        for names, times in _POOLS:
+        for names in _POOLS:
             largest = max((size_of[name] for name in names if name in recorded), default=0)
-            total += round(times * largest) + _RECORDER_BYTES if largest else 0
+            total += round(_CUT_UP * largest) + _RECORDER_BYTES if largest else 0
         return total
 
     @property
@@ -154,9 +156,9 @@ def weigh(
         kept=work.reference_tokens * per_token * work.forwards if reuses else 0,
         phases=Phases(
             text=_text_phase(model, work),
-            vae_encode=_vae_phase(model, work.reference_px),
+            vae_encode=_vae_phase(model, work.reference_px, 3.0),
             denoise=_denoise_phase(model, work, number_format),
-            vae_decode=_vae_phase(model, work.width * work.height),
+            vae_decode=_vae_phase(model, work.width * work.height, 3.5),
             abreast=_abreast_bytes(model, work),
         ),
     )
@@ -171,20 +173,24 @@ def _text_phase(model: ModelSizes, work: Workload) -> int:
     return max(language, vision) + 2 * tokens * sizes.key_value_bytes(encoder)
 
 
-def _vae_phase(model: ModelSizes, pixels: int) -> int:
-    """Four pictures of the narrowest layer's channels at full size: what came in, its norm, and two convolutions' results."""
-    return 4 * model.vae.base_dim * pixels * BF16_BYTES
+def _vae_phase(model: ModelSizes, pixels: int, pictures: float) -> int:
+    """So many pictures of the narrowest layer's channels at full size.
+
+    Three for the encoder: what came into a block, its norm, and a convolution's result. Three and a half for the decoder, where the
+    last level begins: half a one that came in, two that it is made twice as large in, and a convolution's result.
+    """
+    return round(pictures * model.vae.base_dim * pixels * BF16_BYTES)
 
 
 def _denoise_phase(model: ModelSizes, work: Workload, number_format: str) -> int:
-    """Where the MLP's GELU is taken: the stream (2 bytes a channel), q, k and v (6), attention's result (2), its product (2), the
-    codes that went into the MLP (c), the MLP's inside (8) and its codes (4 c); c is 2 for plain numbers and 1 for codes.
+    """Where the MLP's GELU is taken: the stream (2 bytes a channel), attention's result (2), its product (2), the codes that went
+    into the MLP (c), the MLP's inside (8) and its codes (4 c); c is 2 for plain numbers and 1 for codes.
 
     Beside it the buffers of each of the step's drawings. A prompt of another length has its own, 38 MB at true size.
     """
     code = 1 if number_format in ("fp8", "int8") else 2
     dim, tokens = model.transformer.dim, sizes.step_flop(model.transformer, work).tokens
-    alive = tokens * dim * (20 + 5 * code)
+    alive = tokens * dim * (14 + 5 * code)
     buffers = work.forwards * _drawing_bytes(model, work)
     if number_format == "int8-weight":
         alive += 6 * 4 * dim**2  # the largest weight, multiplied out in FP32 and then in BF16

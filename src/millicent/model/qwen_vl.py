@@ -271,6 +271,8 @@ def _attend_causally(
     v = v.transpose(1, 2)
     if before is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        # what is kept of each layer is an eighth of what these are views of
+        k, v = k.clone(), v.clone()
     else:
         k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
         # no kernel but the slow one takes both a mask and fewer key heads

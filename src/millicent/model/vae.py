@@ -47,8 +47,11 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        update = self.conv1(self.norm1(x))
-        update = self.conv2(self.norm2(update))
+        # one by one: what a step has read is let go before the next one allocates
+        update = self.norm1(x)
+        update = self.conv1(update)
+        update = self.norm2(update)
+        update = self.conv2(update)
         return self.conv_shortcut(x) + update
 
 
@@ -120,16 +123,17 @@ class Encoder(nn.Module):
 
 
 class UpBlock(nn.Module):
+    """Layers that the decoder runs one by one: in a pass of its own, whoever calls it would hold what came in until its end."""
+
     def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, upsample: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([ResidualBlock(in_channels, out_channels)])
         self.resnets.extend(ResidualBlock(out_channels, out_channels) for _ in range(num_res_blocks))
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in (*self.resnets, *self.upsamplers):
-            x = block(x)
-        return x
+    @property
+    def layers(self) -> list[nn.Module]:
+        return [*self.resnets, *self.upsamplers]
 
 
 class Decoder(nn.Module):
@@ -149,7 +153,9 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
-            x = block(x)
+            assert isinstance(block, UpBlock)
+            for layer in block.layers:
+                x = layer(x)
         return self.conv_out(self.norm_out(x))
 
 
