@@ -20,6 +20,8 @@ def request(**changes: Any) -> EditRequest:
     ("changes", "error"),
     [
         ({"images": ()}, InputError),
+        ({"prompt": "navy \udcff"}, InputError),
+        ({"negative_prompt": "\ud83d"}, InputError),
         ({"prompt": ""}, EmptyPromptError),
         ({"prompt": " \n\t "}, EmptyPromptError),
         ({"height": 512}, SizeError),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -20,6 +21,7 @@ Schedule = Literal["base", "lightning"]
 Stage = Literal["prepare", "encode", "denoise", "decode"]
 
 MAX_SEED = 2**63 - 1  # torch.Generator takes a signed 64-bit seed
+_HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +57,9 @@ class EditRequest:
             raise InputError("No picture was given.", "Give at least one picture to edit.")
         if not self.prompt.strip():
             raise EmptyPromptError("The prompt is empty.", 'Say what to change, as in "make the shirt navy blue".')
+        for text in (self.prompt, self.negative_prompt or ""):
+            if _HALF_PAIR.search(text):  # as of an argument that was no UTF-8
+                raise InputError(f"The prompt {text!r} holds half of a surrogate pair, which no text does.", "Give it in UTF-8.")
         _check_size(self.height, self.width)
         if self.fit not in ("fit", "pad", "crop"):
             raise SizeError(f"fit is {self.fit!r}.", "Use fit, pad or crop.")

@@ -77,13 +77,13 @@ def test_the_vae(monkeypatch: pytest.MonkeyPatch, direction: str, shape: tuple[i
 
 @torch.inference_mode()
 def test_reading() -> None:
-    """The opening, which is the longest; a plan has it with what it is packed into."""
+    """The opening, which is the longest. Its widest moment is before the packing, which a plan has in the same sum."""
     network: Any = build_network(QWEN).to(torch.bfloat16)
     tokens = SYSTEM_TOKENS + WORK.text_tokens
     with Alive() as alive:
         embeds, positions = meta(1, tokens, 3584), meta(3, tokens, dtype=torch.long)
         reading._run_opening(network.language_model, SYSTEM_TOKENS, embeds, positions)
-    assert 0.7 < alive.most_bytes / components().phases.text < 1.01
+    assert 0.9 < alive.most_bytes / components().phases.text <= 1
 
 
 class Coded(nn.Module):

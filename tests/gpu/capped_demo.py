@@ -22,6 +22,7 @@ from millicent.engine.placement import place_on_card
 from millicent.engine.planner import plan
 from millicent.engine.residency import Residency
 from millicent.engine.settings import Settings
+from millicent.engine.weighing import RECORDED
 from millicent.model.vae import VAE
 
 CUDA = torch.device("cuda")
@@ -57,7 +58,8 @@ def load(kind: str, share: float | None, area_px: int = 256 * 256, shared_as: st
     chosen = plan(SETTINGS[kind], torch.cuda.get_device_capability(), torch.cuda.get_device_name())
     assert chosen is not None
     parts = fitting.weigh_model(fitting.sizes_of(model), fitting.usual_work(card), chosen, CUDA)
-    free_bytes = parts.whole if share is None else parts.least + round(share * (parts.resident - parts.least))
+    whole = parts.resident + parts.phases.recorded_bytes(RECORDED[0])
+    free_bytes = whole if share is None else parts.least + round(share * (parts.resident - parts.least))
     placement = place_on_card(parts, free_bytes)
     resident = changes.get("resident_encoder_layers", placement.resident_encoder_layers)
     if placement.in_turn and resident == len(parts.encoder_sizes):

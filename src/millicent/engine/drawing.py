@@ -79,7 +79,7 @@ def draw_together(edits: Sequence[Told], model: Model, on_step: OnStep | None = 
     """
     assert model.fast is not None
     rows = [(told, noise) for told in edits for noise in _noise_rows(told, model)]
-    passes = max((1 if told.conditioning.negative is None else 2 for told in edits), default=1)
+    passes = max(1 if told.conditioning.negative is None else 2 for told in edits)
     group = max(1, model.fast.network.abreast // passes)
     drawn: list[Tensor] = []
     for begin in range(0, len(rows), group):

@@ -192,9 +192,11 @@ class Stages:
             with failures.guarded(self._model):
                 self._draw(ready)
         except MillicentError as error:
-            if failures.is_out_of_memory(error) and self._model.fast is not None:
-                self._model.fast.network.abreast = 1
-                _LOG.warning("%s From now on pictures are drawn one by one, and not %d together.", error.message, len(ready))
+            assert self._model.fast is not None
+            which = "These"
+            if failures.is_out_of_memory(error):
+                self._model.fast.network.abreast, which = 1, "From now on"
+            _LOG.warning("%s %s pictures are drawn one by one, and not %d together.", error.message, which, len(ready))
         except _Cancelled:
             for edit in ready:
                 edit.was_cut = True

@@ -11,7 +11,7 @@ from millicent.model.sizes import BF16_BYTES, ModelSizes, Workload
 
 # CUDA's own, with its kernels: 0.76 to 0.79 GiB on an H200 (benchmarks.memory)
 CONTEXT_BYTES = 800 << 20
-# lost between the allocator's pieces: with half of it caps of 16 and 12 GiB ran out on an H200 (benchmarks.memory)
+# lost between the allocator's pieces: 0.29 to 0.46 GiB under caps of 8 to 24 GiB on an H200 (benchmarks.memory, commit 81bd45e)
 SLACK_BYTES = 512 << 20
 TEXT_CACHE_BYTES = 256 << 20  # of what was read of pictures and prompts; 270 tokens of keys and values take 16 MB
 LATENTS_CACHE_BYTES = 32 << 20  # of what the VAE made of pictures; one of 1024x1024 takes half a megabyte in BF16
@@ -23,7 +23,7 @@ _POOLS = (("text",), ("VAE encode", "VAE decode"), ("denoise",))
 # how many times as large a pool is as the larger phase: what passes ask for in turn cuts it up, and nothing of it can be given
 # back. At true size on an H200 (benchmarks.memory, commit 81bd45e): 0.197, 1.355 and 0.973 GiB for 0.166, 0.938 and 0.627 alive
 _CUT_UP = 1.55
-# beside each: cuBLAS's workspaces of its own stream, and what its graphs are fed and what they made
+# beside each: cuBLAS's workspaces of its own stream, and what its graphs are fed and what they made; an estimate
 _RECORDER_BYTES = 160 << 20
 
 
@@ -107,11 +107,6 @@ class Components:
     def weights(self) -> int:
         """All that stays on the card under the first placement."""
         return self.transformer + self.edges + self.table + self.text_encoder + self.encoder_edges + self.vae
-
-    @property
-    def whole(self) -> int:
-        """Of a card's memory that the first placement takes: a shape that is new runs beside what graphs of others keep."""
-        return self.resident + self.phases.recorded_bytes(RECORDED[0])
 
     @property
     def resident(self) -> int:

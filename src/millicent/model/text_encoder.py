@@ -33,7 +33,7 @@ from millicent.model.tokenizer import PromptTokenizer
 if TYPE_CHECKING:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-# told before anything is read, though it is needed later
+# of the plain network alone, and of the same extra: told before anything is read
 if importlib.util.find_spec("transformers") is None:
     raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
 
