@@ -636,8 +636,10 @@ def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path: Pat
         return path
 
     for name in ("p1/v0.png", "_rejected/1/p1/v0.png", finish.PROBE):
-        leave(str(storage.name_beside(out / name).relative_to(out)))
+        left_over = leave(str(storage.name_beside(out / name).relative_to(out)))
+    os.utime(left_over, (time.time() - 120, time.time() - 120))  # the probe of a run that may have begun just now is its own
     others = [
+        leave(f".{finish.PROBE}.0123abcd"),
         leave(".v0.png.0123abcd"),  # of an output in the root, which is none of ours
         leave("p2/.v0.png.0123abcd"),  # of an image that no killed run was at
         leave("p1/.v1.png.0123abcd"),
