@@ -110,7 +110,7 @@ def test_the_plan_of_each_machine(name: str, wanted: tuple[str, str] | str) -> N
         ("h200", ("text", "VAE encode", "denoise", "VAE decode")),
         ("rtx-4090", ("text", "denoise")),
         ("l4", ("text",)),
-        ("rtx-4070-ti", ()),
+        ("rtx-4070-ti", ("text",)),
     ],
 )
 def test_as_many_phases_are_recorded_as_fit(name: str, recorded: tuple[str, ...]) -> None:

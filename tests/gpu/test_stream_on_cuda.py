@@ -84,9 +84,10 @@ def no_waiting() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def warm() -> Editor:
-    """An editor that has met every shape and words of the requests often enough."""
+    """An editor that has recorded all that it does for the requests: a shape is recorded the second time that it is worked on."""
     editor = open_editor(SETTINGS["auto"])
     for _ in range(3):
+        forget_contents(editor)
         list(editor.edit_many(REQUESTS[:12]))
     return editor
 

@@ -1,6 +1,6 @@
 """Where a model's parts lie while it draws: on the card, on the card in turn, streamed to it layer by layer, or on the host.
 
-Pure: bytes in, a placement out. The first of these that fits is taken, so that more memory never streams more:
+Pure: bytes in, a placement out. The first of these that fits is taken, so that more memory never streams more that is waited for:
 
 1. everything stays on the card but the table of embeddings, of which an edit reads a few rows: it stays on the host;
 2. fewer passes are recorded as graphs, whose memory no one else may use, or none;
@@ -198,10 +198,9 @@ def _peaks(parts: Components, layers_bytes: int, recorded: tuple[str, ...] = ())
 def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
     """Text encoder first, then transformer, each whole or in pieces. Raises MachineError where not even pieces fit."""
     _check_least(parts, free_bytes)
-    abreast = _choose_abreast(parts, free_bytes)
+    abreast, recorded = _share_blocks(parts, free_bytes)
     parts = replace(parts, phases=parts.phases.together(abreast))
     blocks, layers = parts.blocks, parts.encoder_sizes
-    recorded = _record_in_turn(parts, free_bytes)
     arena_bytes = _arena_bytes(parts, free_bytes, recorded)
     resident, resident_layers = count_resident(blocks, arena_bytes), count_resident(layers, arena_bytes)
     drawing, reading = lay_out_arena(blocks, layers, resident, resident_layers, arena_bytes)
@@ -245,30 +244,33 @@ def _arena_bytes(parts: Components, free_bytes: int, recorded: tuple[str, ...]) 
     return size_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
 
 
-def _choose_abreast(parts: Components, free_bytes: int) -> int:
-    """How many passes to take through the blocks together: as few as hide what is streamed, each a little more of the memory.
+def _share_blocks(parts: Components, free_bytes: int) -> tuple[int, tuple[str, ...]]:
+    """How many passes to take through the blocks together, and what to record.
 
+    As few as hide what is streamed, as each takes a little more of the memory. The text encoder's passes are recorded where that is
+    at the cost of no more blocks than are hidden; all of its layers are there while a recorded pass runs (Stack.held).
     What is kept of references is each picture's own, and too large for more than one.
     """
+    together = [replace(parts, phases=parts.phases.together(passes)) for passes in range(1, 2 if parts.kept else MOST_ABREAST + 1)]
+    recorded = RECORDED[-2]
+    for passes, of in enumerate(together, 1):
+        arena_bytes = _arena_bytes(of, free_bytes, recorded)
+        if count_resident(of.encoder_sizes, arena_bytes) == len(of.encoder_sizes) and _is_hidden(of, arena_bytes, passes):
+            return passes, recorded
     chosen = 1
-    for passes in range(1, 2 if parts.kept else MOST_ABREAST + 1):
-        of = replace(parts, phases=parts.phases.together(passes))
+    for passes, of in enumerate(together, 1):
         if of.least > free_bytes:
             break
         chosen = passes
-        streamed = len(of.blocks) - count_resident(of.blocks, _arena_bytes(of, free_bytes, ()))
-        if streamed <= _HIDDEN_SHARE * passes * len(of.blocks):
+        if _is_hidden(of, _arena_bytes(of, free_bytes, ()), passes):
             break
-    return chosen
+    return chosen, ()
 
 
-def _record_in_turn(parts: Components, free_bytes: int) -> tuple[str, ...]:
-    """The text encoder's passes, where no layer has to be streamed for that: it would cost more than it saves."""
-    recorded = RECORDED[-2]
-    arena_bytes = _arena_bytes(parts, free_bytes, recorded)
-    # while a recorded pass runs all layers are there (Stack.held)
-    fits = all(count_resident(sizes, arena_bytes) == len(sizes) for sizes in (parts.blocks, parts.encoder_sizes))
-    return recorded if fits else ()
+def _is_hidden(parts: Components, arena_bytes: int, abreast: int) -> bool:
+    """Whether the blocks that are streamed come while the others run."""
+    streamed = len(parts.blocks) - count_resident(parts.blocks, arena_bytes)
+    return streamed <= _HIDDEN_SHARE * abreast * len(parts.blocks)
 
 
 def _in_turn(name: str, layer_sizes: Sequence[int], resident: int, places: Places, streamed_told: str) -> PlacedPart:
