@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from millicent.cli import preflight as command
 from millicent.errors import InputError, InputNotFoundError, ModelNotFoundError, OutputError
+from millicent.hardware.judging import start_trial
 from millicent.hardware.machine import Machine, from_json
 
 MACHINES = Path(__file__).parent.parent / "machines"
@@ -117,13 +118,16 @@ def test_what_is_fetched_already_is_not_wanted_again() -> None:
     assert wanted() == "nothing: it is here"
 
 
-def test_the_card_is_tried_where_there_are_torch_and_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_is_tried_where_there_are_torch_and_a_card() -> None:
     def read(name: str) -> Machine:
         return from_json((MACHINES / f"{name}.json").read_text())
 
     needs = command.needs_of("qwen-image-edit-2511", "fp8", read("rtx-4090"))
-    monkeypatch.setattr(command, "trial_command", lambda device: ("false",))
-    assert [finding.level for finding in command.try_card(read("rtx-4090"), needs)] == ["error"]
-    assert command.try_card(read("no-gpu"), needs) == ()
-    assert command.try_card(read("bare-pod"), needs) == ()
-    assert [finding.level for finding in command.try_card(read("cpu-torch"), needs)] == ["warning"]
+
+    def tried(name: str) -> list[str]:
+        with start_trial(("false",)) as finish:
+            return [finding.level for finding in command.try_card(read(name), needs, finish)]
+
+    assert tried("rtx-4090") == ["error"]
+    assert tried("no-gpu") == tried("bare-pod") == []
+    assert tried("cpu-torch") == ["warning"]

@@ -339,7 +339,7 @@ def test_what_fails_together_is_drawn_one_by_one_and_told_of_the_one_that_fails(
     assert all(same(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_what_does_not_fit_together_is_not_tried_so_again(
+def test_of_what_does_not_fit_together_one_fewer_is_tried(
     abreast: Editor, fast: Editor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected, right, together = [fast.edit(make_request(number)) for number in range(7)], drawing.draw_together, list[int]()
@@ -353,8 +353,9 @@ def test_what_does_not_fit_together_is_not_tried_so_again(
     monkeypatch.setattr(drawing, "draw_together", fails)
     found = list(abreast.edit_many(map(make_request, range(7))))
     assert all(same(one, other) for one, other in zip(found, expected, strict=True))
-    assert together == [3, 1, 1, 1, 1, 1, 1, 1]
-    assert "drawn one by one, and not 3 together" in caplog.text
+    assert together == [3, 1, 1, 1, 2, 1, 1, 1, 1]
+    assert "From now on pictures are drawn 2 at a time, and not 3." in caplog.text
+    assert "From now on pictures are drawn one at a time, and not 2." in caplog.text
 
 
 def test_cancelled_in_a_drawing_all_that_are_drawn_together_stop(abreast: Editor, monkeypatch: pytest.MonkeyPatch) -> None:

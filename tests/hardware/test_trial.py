@@ -1,9 +1,12 @@
 """The trial: run on a CPU, ended when it hangs, told when it crashes, judged by what it says."""
 
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 from millicent.engine.needs import needs_of
 from millicent.hardware import trial
 from millicent.hardware.findings import Finding
-from millicent.hardware.judging import Ended, judge, run_trial, trial_command
+from millicent.hardware.judging import Ended, judge, start_trial, trial_command
 from millicent.hardware.machine import Machine, from_json
 from millicent.hardware.recipes import known_failure
 
@@ -32,6 +35,11 @@ def judged(ended: Ended, asked: str = "fp8", name: str = "rtx-4090") -> dict[str
     return {
         finding.name: finding for finding in judge(ended, machine(name), needs_of("qwen-image-edit-2511", asked, machine(name)))
     }
+
+
+def run_trial(command: Sequence[str], limit_s: float = 20) -> Ended:
+    with start_trial(command) as finish:
+        return finish(limit_s)
 
 
 def run(code: str, limit_s: float = 20) -> Ended:
@@ -76,6 +84,31 @@ def test_a_hang_is_ended_and_names_its_step() -> None:
     finding = judged(ended)["trial: fp8-rowwise"]
     assert finding.level == "error"
     assert "did not end within 1 s, and was stopped in: fp8-rowwise" in finding.found
+
+
+def test_the_card_is_left_alone_until_it_is_told_to_go_on(tmp_path: Path) -> None:
+    """As what else uses the card is looked at meanwhile."""
+    told = tmp_path / "told"
+    code = f"from millicent.hardware import trial; trial._wait(); open({str(told)!r}, 'w').close(); say('kernel', 'done')"
+    with start_trial((sys.executable, "-c", SAYS + code)) as finish:
+        time.sleep(1)
+        assert not told.exists()
+        assert finish(20).code == 0
+    assert told.exists()
+
+
+def test_a_trial_that_is_not_wanted_is_ended_at_once(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    with start_trial((sys.executable, "-c", f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)")):
+        while not note.exists() or not note.read_text():
+            time.sleep(0.01)
+    assert not Path(f"/proc/{note.read_text()}").exists()
+
+
+def test_a_trial_whose_starter_has_ended_ends_too() -> None:
+    ended = subprocess.run((*trial_command("cpu"), "--wait"), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0
+    assert [json.loads(line)["step"] for line in ended.stdout.splitlines()] == ["import torch", "import torch"]
 
 
 def test_a_hang_in_a_format_that_is_not_wanted_is_a_warning() -> None:

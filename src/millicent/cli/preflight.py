@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from millicent.engine.needs import needs_of
 from millicent.errors import InputError, InputNotFoundError, OutputError
 from millicent.hardware.findings import Finding, exit_code, ok, warning
 from millicent.hardware.host_checks import HUB_CACHE, KERNELS, MODELS, TEMPORARY
-from millicent.hardware.judging import judge, run_trial, trial_command
+from millicent.hardware.judging import LIMIT_S, Ended, judge, start_trial, trial_command
 from millicent.hardware.machine import Machine, from_json, to_json
 from millicent.hardware.needs import Needs
 from millicent.hardware.network import start_asking
@@ -57,14 +58,18 @@ def preflight(
     tried on it. The exit code is 0, 1 with warnings, 2 where an edit will not work. HF_TOKEN and HF_ENDPOINT are read.
     """
     env = os.environ
-    machine = read_machine(machine_file) if machine_file else probe(folders(model), env.get("CUDA_VISIBLE_DEVICES"), env.get("CC"))
-    if save_machine is not None:
-        write(save_machine, to_json(machine) + "\n")
-    needs = needs_of(model, format_name, machine, present_bytes(default_folder(model)) if machine_file is None else 0)
-    ask = start_hub(needs, offline) if machine_file is None else None
-    findings = check_machine(machine, needs)
-    if machine_file is None:
-        findings += try_card(machine, needs)
+    # its child imports torch meanwhile, which takes longest
+    with start_trial(trial_command("cuda")) if machine_file is None else nullcontext() as finish:
+        machine = (
+            read_machine(machine_file) if machine_file else probe(folders(model), env.get("CUDA_VISIBLE_DEVICES"), env.get("CC"))
+        )
+        if save_machine is not None:
+            write(save_machine, to_json(machine) + "\n")
+        needs = needs_of(model, format_name, machine, present_bytes(default_folder(model)) if machine_file is None else 0)
+        ask = start_hub(needs, offline) if machine_file is None else None
+        findings = check_machine(machine, needs)
+        if finish is not None:
+            findings += try_card(machine, needs, finish)
     if ask is not None:
         findings += (ask(),)
     if report is not None:
@@ -101,13 +106,13 @@ def start_hub(needs: Needs, offline: bool) -> Callable[[], Finding]:
     return start_asking(os.environ.get("HF_ENDPOINT") or PUBLIC_HUB, needs.repo, os.environ.get("HF_TOKEN") or None)
 
 
-def try_card(machine: Machine, needs: Needs) -> tuple[Finding, ...]:
+def try_card(machine: Machine, needs: Needs, finish: Callable[[float], Ended]) -> tuple[Finding, ...]:
     """The second stage, where there is something to try."""
     if machine.card is None or machine.torch is None:
         return ()
     if machine.torch_cuda is None:
         return (warning("trial", "torch is a build without CUDA, so nothing was tried on the card", "a CUDA build of torch"),)
-    return judge(run_trial(trial_command("cuda")), machine, needs)
+    return judge(finish(LIMIT_S), machine, needs)
 
 
 def read_machine(path: Path) -> Machine:

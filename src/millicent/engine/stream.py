@@ -183,7 +183,7 @@ class Stages:
     def attempt_together(self, edits: Sequence[Edit]) -> None:
         """Draw several at once. Where that fails none has been drawn; attempted by itself, each tells whether it was the cause.
 
-        What does not fit together is not tried so again.
+        As many as do not fit together are not tried again; one fewer may be.
         """
         ready = [edit for edit in edits if edit.error is None and not edit.was_cut]
         if len(ready) < 2:
@@ -192,14 +192,21 @@ class Stages:
             with failures.guarded(self._model):
                 self._draw(ready)
         except MillicentError as error:
-            assert self._model.fast is not None
-            which = "These"
+            told = "These pictures are drawn one at a time"
             if failures.is_out_of_memory(error):
-                self._model.fast.network.abreast, which = 1, "From now on"
-            _LOG.warning("%s %s pictures are drawn one by one, and not %d together.", error.message, which, len(ready))
+                _LOG.debug("%s", error.__cause__)  # PyTorch's own numbers
+                told = self._draw_fewer_than(len(ready))
+            _LOG.warning("%s %s, and not %d.", error.message, told, len(ready))
         except _Cancelled:
             for edit in ready:
                 edit.was_cut = True
+
+    def _draw_fewer_than(self, pictures: int) -> str:
+        """From now on; in words."""
+        assert self._model.fast is not None
+        fewer = min(pictures, self._model.fast.network.abreast) - 1
+        self._model.fast.network.abreast = fewer
+        return f"From now on pictures are drawn {'one' if fewer == 1 else fewer} at a time"
 
     def encode(self, edit: Edit) -> None:
         self._go_on()

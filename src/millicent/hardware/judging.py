@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from millicent.hardware.findings import Finding, error, ok, warning
 from millicent.hardware.machine import Machine
 from millicent.hardware.needs import Needs
 
-# long, for a hang alone: on a disk in the network torch is imported slowly the first time
+# from when it may use the card; long, for a hang alone: on a disk in the network torch is imported slowly the first time
 LIMIT_S = 30.0
 KILL_S = 2.0
 # of BF16's dense rate in the table; a product of 4096 x 4096 x 4096 reaches two thirds and more
@@ -50,32 +50,45 @@ def trial_command(device: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", "millicent.hardware.trial", "--device", device)
 
 
-def run_trial(command: Sequence[str], limit_s: float = LIMIT_S) -> Ended:
-    """Run the trial in a process group of its own, which ends with this call whatever it does."""
+@contextmanager
+def start_trial(command: Sequence[str]) -> Iterator[Callable[[float], Ended]]:
+    """Start the trial: it imports torch, which takes longest, and leaves the card alone until what is yielded is called.
+
+    That is given the seconds that it may take from then on, and waits for its end. It has a process group of its own, which ends
+    with this whatever it does.
+    """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         # files, not pipes: a process that its driver does not let die would keep a pipe open
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
-        code: int | None = None
-        try:
+        child = subprocess.Popen((*command, "--wait"), stdin=subprocess.PIPE, stdout=out, stderr=err, start_new_session=True)
+
+        def finish(limit_s: float) -> Ended:
+            code: int | None = None
             with suppress(subprocess.TimeoutExpired):
-                code = child.wait(limit_s)
+                child.communicate(b"\n", limit_s)
+                code = child.returncode
+            _end(child)
+            out.seek(0)
+            err.seek(0)
+            words = [line for line in err.read().decode("utf-8", "replace").splitlines() if line.strip()]
+            return Ended(_parse(out.read().decode("utf-8", "replace")), code, limit_s, words[-1].strip() if words else "")
+
+        try:
+            yield finish
         finally:
             _end(child)
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(KILL_S)
-        out.seek(0)
-        err.seek(0)
-        words = [line for line in err.read().decode("utf-8", "replace").splitlines() if line.strip()]
-        return Ended(_parse(out.read().decode("utf-8", "replace")), code, limit_s, words[-1].strip() if words else "")
+            assert child.stdin is not None
+            child.stdin.close()
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
     """With all that it has started, where the system has process groups."""
     if sys.platform == "win32":
         child.kill()
-        return
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+    else:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(KILL_S)
 
 
 def _parse(text: str) -> tuple[dict[str, Any], ...]:

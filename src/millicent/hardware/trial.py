@@ -72,12 +72,17 @@ class Teller:
         self.tell(name, "done", **found, seconds=round(time.perf_counter() - started, 3))
 
 
-def try_all(teller: Teller, device: str) -> None:
-    """Every step in order. Raises StepFailed where one fails that all later ones stand on."""
+def try_all(teller: Teller, device: str, wait: Callable[[], None] | None = None) -> None:
+    """Every step in order; wait is called before the card is used.
+
+    Raises StepFailed where one fails that all later ones stand on.
+    """
     with teller.step("import torch") as found:
         import torch
 
         found["found"] = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    if wait is not None:
+        wait()
     capability = None
     if device == "cuda":
         with teller.step("open card") as found:
@@ -272,18 +277,30 @@ PRODUCTS: dict[str, MakeProduct] = {
 }
 
 
-def main() -> None:
+def main() -> int:
+    """The exit code."""
     parser = argparse.ArgumentParser(description="Try what an edit stands on; one JSON line before and after each step.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    device = parser.parse_args().device
+    parser.add_argument("--wait", action="store_true", help="leave the card alone until a line comes on standard input")
+    arguments = parser.parse_args()
     # libraries print to standard output too, where our lines alone belong
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
-        try_all(Teller(out), device)
+        try_all(Teller(out), arguments.device, _wait if arguments.wait else None)
     except StepFailed:
-        sys.exit(1)
+        return 1
+    return 0
+
+
+def _wait() -> None:
+    """Raises SystemExit where standard input ends: whoever started this has ended."""
+    if not sys.stdin.readline():
+        sys.exit()
 
 
 if __name__ == "__main__":
-    main()
+    code = main()
+    sys.stderr.flush()
+    # torch takes a tenth of a second to be taken down, of which nobody has anything
+    os._exit(code)
