@@ -107,6 +107,19 @@ def test_copies_what_the_placement_says(share: float, count: int) -> None:
     assert told <= copied <= told + 2 * max(layer.size_bytes for layer in layers_of(model))
 
 
+def test_what_lies_beside_the_arena_is_in_pages() -> None:
+    """So that a card which is full to the brim loses little between pieces."""
+    load("own", 0.3)
+    torch.cuda.empty_cache()
+    piece = torch.empty(100 << 20, dtype=torch.uint8, device=CUDA)
+    (found,) = (
+        segment
+        for segment in torch.cuda.memory_snapshot()
+        if segment["address"] <= piece.data_ptr() < segment["address"] + segment["total_size"]
+    )
+    assert found["is_expandable"]
+
+
 def test_slabs_are_page_locked_until_they_are_closed_or_the_model_goes() -> None:
     layers, model = layers_of(load("own", 0.3)), load("own", 0.3)
     gc.collect()

@@ -45,13 +45,6 @@ def usual_work(card: ModelCard) -> Workload:
     )
 
 
-def limit_memory(device: torch.device, limit_bytes: int) -> None:
-    """Let this process take no more of a card than that, CUDA's own memory included. For its whole life."""
-    total_bytes = torch.cuda.get_device_properties(device).total_memory
-    number = torch.cuda.current_device() if device.index is None else device.index
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(1, limit_bytes - CONTEXT_BYTES) / total_bytes), number)
-
-
 def free_bytes(device: torch.device, limit_bytes: int | None = None) -> int:
     """Of the card, with what this process has taken so far and its context."""
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + CONTEXT_BYTES

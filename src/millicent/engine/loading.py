@@ -21,9 +21,10 @@ from millicent.checkpoint.load import MappedFiles, check_codes, fill, load_netwo
 from millicent.checkpoint.lora import fuse_loras
 from millicent.checkpoint.recognize import Network
 from millicent.engine import planner
+from millicent.engine.allocator import limit_memory
 from millicent.engine.caches import ByteBudgetCache
 from millicent.engine.fast_vae import CapturedVAE, speed_up
-from millicent.engine.fitting import choose_placement, limit_memory, set_wave, sizes_of
+from millicent.engine.fitting import choose_placement, set_wave, sizes_of
 from millicent.engine.laying_out import FastDrawing, lay_out, lay_out_encoder, open_slabs
 from millicent.engine.modulation import attach_stored
 from millicent.engine.parts import NETWORKS, FoundPart, check_memory, find_part, fused_steps, tell_expanded, with_distillation

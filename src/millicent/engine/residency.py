@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from millicent.engine.allocator import let_segments_grow
 from millicent.engine.arena import lay_out_arena
 from millicent.engine.host_memory import HostMemory, allocate
 from millicent.engine.layer_stack import ArrivingLayers, Layer, Link, Stack, slab_bytes
@@ -102,6 +103,8 @@ class Residency:
             stack.leave_arena()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # or the allocator would keep the old arena beside the new one
+            if placement.in_turn:
+                let_segments_grow(self._device)
         stays = not placement.in_turn
         arena_bytes = sum(stack.size_bytes for stack in self._stacks) if stays else placement.arena_bytes
         self._arena = torch.empty(arena_bytes, dtype=torch.uint8, device=self._device)
