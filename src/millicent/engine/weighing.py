@@ -11,7 +11,8 @@ from millicent.model.sizes import BF16_BYTES, ModelSizes, Workload
 
 # CUDA's own, with its kernels: 0.76 to 0.79 GiB on an H200 (benchmarks.memory)
 CONTEXT_BYTES = 800 << 20
-# lost between the allocator's pieces: 0.29 to 0.46 GiB under caps of 8 to 24 GiB on an H200 (benchmarks.memory, commit 81bd45e)
+# lost between the allocator's pieces, under caps of 8 to 16 GiB on an H200 (benchmarks.memory, commits eedd27f and 8c57786): 0.29 to
+# 0.41 GiB in pieces of fixed sizes, 0.10 to 0.29 where it maps pages
 SLACK_BYTES = 512 << 20
 TEXT_CACHE_BYTES = 256 << 20  # of what was read of pictures and prompts; 270 tokens of keys and values take 16 MB
 LATENTS_CACHE_BYTES = 32 << 20  # of what the VAE made of pictures; one of 1024x1024 takes half a megabyte in BF16
@@ -23,7 +24,8 @@ _POOLS = (("text",), ("VAE encode", "VAE decode"), ("denoise",))
 # how many times as large a pool is as the larger phase: what passes ask for in turn cuts it up, and nothing of it can be given
 # back. At true size on an H200 (benchmarks.memory, commit 81bd45e): 0.197, 1.355 and 0.973 GiB for 0.166, 0.938 and 0.627 alive
 _CUT_UP = 1.55
-# beside each: cuBLAS's workspaces of its own stream, and what its graphs are fed and what they made; an estimate
+# beside each: cuBLAS's workspaces of its own stream, and what its graphs are fed and what they made; an estimate. At commit 8c57786
+# pools took 0.080, 1.168 and 0.686 GiB, where a plan has 0.275, 1.173 and 0.922
 _RECORDER_BYTES = 160 << 20
 
 
