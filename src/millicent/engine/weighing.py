@@ -24,8 +24,8 @@ _POOLS = (("text",), ("VAE encode", "VAE decode"), ("denoise",))
 # how many times as large a pool is as the larger phase: what passes ask for in turn cuts it up, and nothing of it can be given
 # back. At true size on an H200 (benchmarks.memory, commit 81bd45e): 0.197, 1.355 and 0.973 GiB for 0.166, 0.938 and 0.627 alive
 _CUT_UP = 1.55
-# beside each: cuBLAS's workspaces of its own stream, and what its graphs are fed and what they made; an estimate. At commit 8c57786
-# pools took 0.080, 1.168 and 0.686 GiB, where a plan has 0.275, 1.173 and 0.922
+# beside each: cuBLAS's workspaces of its own stream, and what its graphs are fed and what they made; an estimate. At commit
+# 8c57786 pools took 0.080, 1.168 and 0.686 GiB, where a plan has 0.275, 1.173 and 0.922
 _RECORDER_BYTES = 160 << 20
 
 
