@@ -11,8 +11,8 @@ from millicent.model.sizes import BF16_BYTES, ModelSizes, Workload
 
 # CUDA's own, with its kernels: 0.76 to 0.79 GiB on an H200 (benchmarks.memory)
 CONTEXT_BYTES = 800 << 20
-# lost between the allocator's pieces, under caps of 8 to 16 GiB on an H200 (benchmarks.memory, commits eedd27f and 8c57786): 0.29 to
-# 0.41 GiB in pieces of fixed sizes, 0.10 to 0.29 where it maps pages
+# lost between the allocator's pieces, under caps of 8 to 16 GiB on an H200 (benchmarks.memory, commits eedd27f and 8c57786): 0.29
+# to 0.41 GiB in pieces of fixed sizes, 0.10 to 0.29 where it maps pages
 SLACK_BYTES = 512 << 20
 TEXT_CACHE_BYTES = 256 << 20  # of what was read of pictures and prompts; 270 tokens of keys and values take 16 MB
 LATENTS_CACHE_BYTES = 32 << 20  # of what the VAE made of pictures; one of 1024x1024 takes half a megabyte in BF16
