@@ -85,7 +85,7 @@ def test_a_machine_from_a_file() -> None:
     assert "waves of 10 share an exchange of 0.65 s" in shown
     assert "what is streamed comes while the card computes" in shown
     made = planned("--machine", str(MACHINES / "rtx-4070-ti.json"))
-    assert (made["wave_images"], made["records_graphs"], made["recorded"]) == (10, False, [])
+    assert (made["wave_images"], made["records_graphs"], made["recorded"]) == (10, False, ["text"])
     assert made["phase_peak_bytes"]["denoise"] > made["arena_bytes"] > 0
     assert made["resident_blocks"] < 60
     assert made["abreast"] == 2
