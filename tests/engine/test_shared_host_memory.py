@@ -411,10 +411,21 @@ def test_a_page_lock_spans_all_of_it_and_keeps_what_others_wrote(make: Callable[
 
 @needs_memfd
 @pytest.mark.parametrize("cudart", [2], indirect=True)
-def test_a_page_lock_that_fails_leaves_nothing(make: Callable[..., HostMemory], cudart: Cudart) -> None:
+def test_a_page_lock_that_fails_leaves_nothing(
+    make: Callable[..., HostMemory], cudart: Cudart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor an error that CUDA would tell of at the next launch."""
+    launched: list[object] = []
+
+    def launch(*shape: int, device: torch.device) -> torch.Tensor:
+        launched.append(device)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "ones", launch)
     open_before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(MachineError, match="page-lock"):
         allocate(SIZE, KEY, torch.device("cuda"))
     gc.collect()
     assert len(list(Path("/proc/self/fd").iterdir())) == open_before
+    assert launched == [torch.device("cuda")]
     make()  # the lock was let go

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import platform
 import sys
 
 import torch
@@ -27,19 +28,24 @@ def let_segments_grow(device: torch.device) -> None:
     """Have it map pages where it needs them, so that little is lost between its pieces: PyTorch's expandable segments.
 
     Settings of the user's own stay. Pieces stay of fixed sizes where the driver maps no pages, as for some virtual cards, which the
-    log tells of, and on Windows, for which PyTorch has none.
+    log tells of; on Windows, for which PyTorch has none; and under WSL, whose driver fails when many are mapped.
     """
-    if sys.platform == "win32" or any(os.environ.get(name) for name in _USERS_OWN):
+    if sys.platform == "win32" or _is_wsl() or any(os.environ.get(name) for name in _USERS_OWN):
         return
     _set("expandable_segments:True")
     try:
         with torch.cuda.stream(torch.cuda.Stream(device)):  # of which it has no piece yet, so that it asks the driver for one
             torch.empty(1, device=device)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):  # of another call of the driver's
+            raise
         _set("expandable_segments:False")
         _LOG.warning("The card's driver maps no pages (%s), so that more of its memory may lie idle.", str(error).split("\n")[0])
+
+
+def _is_wsl() -> bool:
+    """pytorch issue 192330, of NVIDIA's driver before R615; and "device not ready" once gigabytes are mapped, as others report."""
+    return "microsoft" in platform.release().lower()
 
 
 def _set(settings: str) -> None:

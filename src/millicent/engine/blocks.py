@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import torch
@@ -92,6 +92,14 @@ class Mods:
     timesteps: tuple[float, ...]
     blocks: Tensor
     final: Tensor
+
+    def on_host(self) -> Self:
+        """In page-locked memory, from which a card takes a row without the host waiting for it."""
+
+        def bring(tensor: Tensor) -> Tensor:
+            return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+
+        return replace(self, blocks=bring(self.blocks), final=bring(self.final))
 
     @classmethod
     def lay_out(cls, table: ModulationTable, num_layers: int) -> Self:

@@ -7,6 +7,7 @@ without them.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -96,18 +97,19 @@ class Editor:
             from millicent.engine import loading
 
             place = loading.choose_device(device)
-            loaded = loading.load_model(
-                folder,
-                card,
-                place,
-                loading.choose_dtype(dtype, place),
-                [(Path(lora), strength) for lora, strength in loras],
-                {network: Path(file) for network, file in stand_ins.items() if file is not None},
-                distilled_steps,
-                settings,
-                kernels,
-                digests,
-            )
+            with loading.current(place):
+                loaded = loading.load_model(
+                    folder,
+                    card,
+                    place,
+                    loading.choose_dtype(dtype, place),
+                    [(Path(lora), strength) for lora, strength in loras],
+                    {network: Path(file) for network, file in stand_ins.items() if file is not None},
+                    distilled_steps,
+                    settings,
+                    kernels,
+                    digests,
+                )
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("millicent"):
                 raise
@@ -126,10 +128,11 @@ class Editor:
         """
         from millicent.engine import failures, pressure
 
+        handled = sys.exception()  # whoever asks may be handling another edit's failure
         try:
             return self._draw(request, on_progress)
         except MillicentError as error:
-            if not failures.is_out_of_memory(error):
+            if not failures.is_out_of_memory(error, handled):
                 raise
             return pressure.once_more_with_less(self._model, error, lambda: self._draw(request, on_progress))
 
@@ -142,6 +145,9 @@ class Editor:
         model = self._model
         watch = Watch(on_progress, model.device)
         with failures.guarded(model), torch.inference_mode():
+            if model.device.type == "cuda":
+                # between two results of edit_many its streams are at work, with memory that passes share
+                torch.cuda.synchronize(model.device)
             with watch.stage("prepare"):
                 prepared = pipeline.prepare(request, model)
                 course = pipeline.settle(request, model, prepared.height, prepared.width)

@@ -17,7 +17,7 @@ from typing import Self
 import torch
 
 from millicent.engine.fast_vae import CapturedVAE
-from millicent.engine.loading import Model
+from millicent.engine.loading import Model, current
 from millicent.engine.planner import FORMAT_BYTES, TENSOR_CORES, Capability
 from millicent.engine.settings import Format
 from millicent.errors import MachineError, MillicentError
@@ -25,6 +25,7 @@ from millicent.errors import MachineError, MillicentError
 # the CUDA runtime's, the driver's, cuBLAS's and cuDNN's words
 _MEMORY_WORDS = (
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
     "CUDA_ERROR_OUT_OF_MEMORY",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -67,12 +68,13 @@ def guarded(model: Model) -> Iterator[None]:
     """An edit, or a part of one, on the model. Where it fails for want of memory or of a kernel, the model can be used again.
 
     Raises MachineError for those; other errors pass. After either kind of failure everything that was kept for later edits is
-    dropped, and all work on the card has ended.
+    dropped, and all work on the card has ended. The model's card is the current one within.
     """
     outside = torch.cuda.current_stream(model.device) if model.device.type == "cuda" else None
     handled = sys.exception()  # an edit may be tried again where the failure of one is handled
     try:
-        yield
+        with current(model.device):
+            yield
     except Exception as error:
         told = explain(error, Place.of(model), handled)
         if told is None:

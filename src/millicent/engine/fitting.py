@@ -81,13 +81,17 @@ def carry_out(model: Model, placement: Placement) -> None:
     if placement.in_turn and not model.residency.has_slabs:
         take_all(model.residency, model.fast.network, model.text_encoder.network)
         model.reader.hold = model.residency.text_encoder.held
-    if model.residency.has_slabs:
-        model.residency.settle(placement)
-    else:
-        model.residency.placement = placement
+    # before the arena: where there is no memory for that it comes later, and the rest has to be of the same placement
     record_passes(model, placement.recorded)
     model.fast.network.abreast = placement.abreast
-    set_wave(model)
+    model.fast.modulation.keep_on_host(not placement.records_graphs)
+    try:
+        if model.residency.has_slabs:
+            model.residency.settle(placement)
+        else:
+            model.residency.placement = placement
+    finally:
+        set_wave(model)
 
 
 def set_wave(model: Model) -> None:

@@ -164,6 +164,9 @@ def _page_lock(tensor: Tensor, is_filled: bool, device: torch.device) -> None:
         tensor[:: mmap.PAGESIZE].zero_()
     with torch.cuda.device(device):
         status = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel(), _PORTABLE))
+        if status != 0:
+            with suppress(RuntimeError):  # or the next kernel's launch would be told of it, as if it had failed itself
+                torch.ones(1, device=device).neg()
     if status != 0:
         raise MachineError(
             f"CUDA does not page-lock {tensor.numel() / _GIB:.1f} GiB of this host's memory (its error {status}).",

@@ -191,6 +191,7 @@ class Stack:
 
     def fetch(self, arena: Tensor) -> None:
         """Bring what is not here, in the order in which it runs; the current stream may go on meanwhile."""
+        self._ring.clear()  # of a fetch that was interrupted
         self._link.follow()
         first = self._streamed[: len(self._slots)]
         for number, layer in enumerate(self.layers):

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -259,7 +259,9 @@ def speed_up_model(
         raise
     recorded = RECORDED[0] if placement is None else placement.recorded
     fast.network.record("denoise" in recorded)
-    fast.network.abreast = 1 if placement is None else placement.abreast
+    if placement is not None:
+        fast.network.abreast = placement.abreast
+        fast.modulation.keep_on_host(not placement.records_graphs)
     hold = nullcontext if residency is None or not residency.has_slabs else residency.text_encoder.held
     reader = Reader(model.text_encoder, TEXT_CACHE_BYTES, uses_graphs="text" in recorded, hold=hold)
     latents = ByteBudgetCache[str, Tensor](LATENTS_CACHE_BYTES)
@@ -335,6 +337,11 @@ def _load_text_encoder(
         template=card.pipeline,
         max_prompt_tokens=card.max_prompt_tokens,
     )
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """A card is the current one within, as Triton launches on that, wherever its operands lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def choose_device(name: str) -> torch.device:

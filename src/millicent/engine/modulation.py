@@ -86,6 +86,8 @@ class ModulationSource:
 
     The weights stay where the network was read to: mapped files on the host, which cost memory only while they are read. One
     module's weights at a time pass through the device, and its vectors are the network's own, bit for bit.
+    keeps_on_host: where the device's memory is short. Each picture's size has a base schedule of its own, of which a table of 40
+    steps takes 250 MB; a step reads 6 of them.
     """
 
     _KEPT_SCHEDULES = 4
@@ -97,6 +99,7 @@ class ModulationSource:
         self._embed = mmdit.embed
         self._rows = mmdit.time_text_embed if isinstance(mmdit.time_text_embed, TimestepRows) else None
         mmdit.time_text_embed.to(device)
+        self.keeps_on_host = False
         self._made: OrderedDict[tuple[float, ...], Mods] = OrderedDict()
 
     @torch.no_grad()
@@ -107,7 +110,8 @@ class ModulationSource:
         if wanted not in self._made:
             with uploading(self._device) as upload:
                 table = ModulationTable(wanted, {name: self._vectors(name, timesteps, upload) for name in self._modules})
-            self._made[wanted] = Mods.lay_out(table, self._config.num_layers)
+            made = Mods.lay_out(table, self._config.num_layers)
+            self._made[wanted] = made.on_host() if self.keeps_on_host and self._device.type == "cuda" else made
         self._made.move_to_end(wanted)
         while len(self._made) > self._KEPT_SCHEDULES:
             self._made.popitem(last=False)
@@ -115,6 +119,12 @@ class ModulationSource:
         rows = TimestepRows(made.timesteps, self._dtype)
         one = torch.empty(1, dtype=self._dtype)
         return made, [rows.find(float(round_timestep(torch.tensor(sigma), one))) for sigma in sigmas[:-1]]
+
+    def keep_on_host(self, on_host: bool) -> None:
+        """From now on; what has been made before goes."""
+        if on_host != self.keeps_on_host:
+            self._made.clear()
+        self.keeps_on_host = on_host
 
     def _vectors(self, name: str, timesteps: Tensor, upload: Upload = move) -> Tensor:
         module = self._modules[name]

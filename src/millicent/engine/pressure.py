@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -42,7 +43,7 @@ def once_more_with_less(model: Model, error: MillicentError, work: Callable[[], 
     try:
         return work()
     except MillicentError as again:
-        if is_out_of_memory(again):
+        if is_out_of_memory(again, error):
             _go_back(model, before, lower)
         raise
 
@@ -51,7 +52,8 @@ def _go_back(model: Model, before: Placement, lower: Placement) -> None:
     try:
         carry_out(model, before)
     except torch.OutOfMemoryError:  # what was given back has been taken by another program
-        carry_out(model, lower)
+        with suppress(torch.OutOfMemoryError):  # the arena comes when it is next asked for
+            carry_out(model, lower)
 
 
 def _lower(model: Model, residency: Residency) -> Placement | None:
@@ -60,8 +62,8 @@ def _lower(model: Model, residency: Residency) -> Placement | None:
     now = residency.placement
     parts = weigh_model(sizes_of(model), usual_work(model.card), model.fast.plan, model.device)
     left = min(free_bytes(model.device, residency.limit_bytes), now.peak_bytes) - _STEP_BYTES
-    # slabs are written once: they are no new demand on the host
-    host = sys.maxsize if residency.has_slabs else read_memory().available_bytes
+    # slabs are written once: they are no new demand on the host; nor is what an open model has there already
+    host = sys.maxsize if residency.has_slabs else read_memory().available_bytes + now.needed_host_bytes
     try:
         return place(parts, left, host)
     except MachineError:

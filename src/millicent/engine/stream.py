@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -159,11 +160,12 @@ class Stages:
             with failures.guarded(self._model):
                 work(edit)
 
+        handled = sys.exception()  # whoever takes the results may be handling something
         try:
             try:
                 work_guarded()
             except MillicentError as error:
-                if not failures.is_out_of_memory(error):
+                if not failures.is_out_of_memory(error, handled):
                     raise
                 # recovery has waited for all other work on the card
                 self._work_alone(work_guarded)
@@ -173,10 +175,11 @@ class Stages:
             edit.was_cut = True
 
     def _work_alone(self, work: Callable[[], None]) -> None:
+        handled = sys.exception()  # the first failure
         try:
             work()
         except MillicentError as error:
-            if not failures.is_out_of_memory(error):
+            if not failures.is_out_of_memory(error, handled):
                 raise
             once_more_with_less(self._model, error, work)
 
@@ -188,12 +191,13 @@ class Stages:
         ready = [edit for edit in edits if edit.error is None and not edit.was_cut]
         if len(ready) < 2:
             return
+        handled = sys.exception()
         try:
             with failures.guarded(self._model):
                 self._draw(ready)
         except MillicentError as error:
             told = "These pictures are drawn one at a time"
-            if failures.is_out_of_memory(error):
+            if failures.is_out_of_memory(error, handled):
                 _LOG.debug("%s", error.__cause__)  # PyTorch's own numbers
                 told = self._draw_fewer_than(len(ready))
             _LOG.warning("%s %s, and not %d.", error.message, told, len(ready))

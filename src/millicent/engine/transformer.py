@@ -137,13 +137,23 @@ class FastMMDiT:
         slot: tells drawings apart that go on at the same time, as with guidance; the one before in a slot has ended.
         """
         key = (tuple(img_shapes), txt.shape[1], slot)
-        drawing = self._drawings.pop(key, None) or Drawing(self, list(img_shapes), txt.shape[1], slot)
+        drawing = self._drawings.pop(key, None)
+        if drawing is None:
+            self._make_room(references.shape[1], slot)
+            drawing = Drawing(self, list(img_shapes), txt.shape[1], slot)
         self._drawings[key] = drawing  # the last one used is the last in order
-        # without graphs they are only memory; with guidance a picture has two
-        while len(self._drawings) > (_KEPT_SHAPES if self.uses_graphs else 2 * self.abreast):
-            self._drawings.popitem(last=False)
         drawing.begin(txt, references, mods)
         return drawing
+
+    def _make_room(self, references: int, slot: int) -> None:
+        """For the drawing of another shape."""
+        # without graphs they are only memory; with guidance a picture has two
+        while len(self._drawings) >= (_KEPT_SHAPES if self.uses_graphs else 2 * self.abreast):
+            self._drawings.popitem(last=False)
+        if self.reuse_reference:  # what is kept of so many references is 3 GB, of which each slot has one
+            for key, drawing in list(self._drawings.items()):
+                if drawing.slot == slot and drawing.references != references:
+                    del self._drawings[key]
 
     def kept_rows(self, references: int, slot: int) -> Tensor:
         """Where drawings keep their references' keys and values (blocks, R, 2, H, d): 3 GB for 4096 tokens at true size.
@@ -227,7 +237,7 @@ class Drawing:
 
     def __init__(self, network: FastMMDiT, img_shapes: list[tuple[int, int]], txt_tokens: int, slot: int) -> None:
         config = network.config
-        self.network = network
+        self.network, self.slot = network, slot
         self.target = img_shapes[0][0] * img_shapes[0][1]
         self.references, self.begun = sum(h * w for h, w in img_shapes[1:]), 0
         self.img_tokens = self.references + self.target
@@ -280,8 +290,8 @@ class Drawing:
     def feed(self, latents: Tensor, row: int) -> None:
         """What a step reads: as step's."""
         self.latents.copy_(latents[0])
-        self.mods.copy_(self.table.blocks[row])
-        self.final.copy_(self.table.final[row])
+        self.mods.copy_(self.table.blocks[row], non_blocking=True)
+        self.final.copy_(self.table.final[row], non_blocking=True)
 
     def end_step(self) -> None:
         self.holds_kept = self.kept is not None or self.kept_codes is not None
