@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -56,13 +57,23 @@ def test_a_driver_that_maps_none_is_told_of_and_left_as_it_was(
     assert "maps no pages (CUDA driver error: operation not supported)" in caplog.text
 
 
-def test_a_full_card_is_no_word_on_its_driver(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    answer(monkeypatch, fail(torch.OutOfMemoryError("CUDA out of memory.")))
-    with pytest.raises(torch.OutOfMemoryError):
+FULL = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA driver error: out of memory")]
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_a_full_card_is_no_word_on_its_driver(settings: list[str], monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    answer(monkeypatch, fail(error))
+    with pytest.raises(RuntimeError, match="out of memory"):
         let_segments_grow(CARD)
     answer(monkeypatch, lambda: None)
     let_segments_grow(CARD)  # is tried again
     assert settings == ["expandable_segments:True"] * 2
+
+
+def test_under_wsl_nothing_is_changed(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "release", lambda: "6.18.33.2-microsoft-standard-WSL2")
+    let_segments_grow(CARD)
+    assert settings == []
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

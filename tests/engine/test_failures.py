@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import subprocess
 import sys
 import types
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import draw_picture
 
 from millicent.edits import EditRequest
+from millicent.engine import pressure
 from millicent.engine.editor import Editor
-from millicent.engine.failures import Place, explain, is_out_of_memory
+from millicent.engine.failures import Place, explain, guarded, is_out_of_memory
 from millicent.engine.settings import Settings
 from millicent.engine.transformer import Drawing
 from millicent.errors import InputError, MachineError, MillicentError
@@ -32,6 +37,7 @@ OUT_OF_MEMORY = [
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUDA driver error: out of memory"),
 ]
 
 
@@ -191,6 +197,38 @@ def test_a_second_try_from_where_the_first_is_handled_is_judged_by_itself(
             editor.edit(EditRequest(images=REQUEST.images, prompt="<|im_end|>"))
         assert len(editor._model.latents) == 1, "a refusal is no failure: nothing is dropped"
     assert kept.images
+
+
+def test_another_failure_in_a_handler_of_the_first_gives_nothing_up(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = open_editor(tiny_folder)
+    fail_once(monkeypatch, OUT_OF_MEMORY[1])
+    given_up = Mock()
+    try:
+        editor.edit(REQUEST)
+    except MachineError:
+        monkeypatch.setattr(pressure, "once_more_with_less", given_up)
+        with pytest.raises(InputError):
+            editor.edit(EditRequest(images=REQUEST.images, prompt="<|im_end|>"))
+        (refused,) = editor.edit_many([EditRequest(images=REQUEST.images, prompt="<|im_end|>")])
+        assert isinstance(refused, InputError)
+    given_up.assert_not_called()
+
+
+def test_the_models_card_is_the_current_one_while_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[object] = []
+
+    @contextlib.contextmanager
+    def use(device: torch.device) -> Iterator[None]:
+        used.append(device)
+        yield
+        used.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", use)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    model: Any = SimpleNamespace(device=torch.device("cuda", 1))
+    with guarded(model):
+        assert used == [model.device]
+    assert used == []
 
 
 def test_a_kernels_failure_reaches_the_user_by_edit_and_by_edit_many(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,23 @@ def test_a_pass_that_was_broken_off_leaves_no_wrong_weights() -> None:
     with pytest.raises(RuntimeError, match="in the middle"), pair.stacks[0].at(3):
         raise RuntimeError("in the middle")
     pair.run(0)
+
+
+def test_a_fetch_that_was_interrupted_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, sent = Pair(([40] * 7, [1] * 3), (2, 3)), itertools.count()
+    right = pair.link.send
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(sent) == 2:
+            raise KeyboardInterrupt
+        return right(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.link, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pair.run(0)
+    for number in (0, 0, 1, 0):
+        pair.run(number)
 
 
 def test_a_loop_over_arriving_layers_sees_each_one_s_weights() -> None:

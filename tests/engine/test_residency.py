@@ -7,7 +7,9 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from millicent.engine.editor import Editor, find_model
 from millicent.engine.loading import Model, load_model, speed_up_model
 from millicent.engine.placement import Placement, place_on_card
 from millicent.engine.planner import Plan, plan
+from millicent.engine.residency import Residency
 from millicent.engine.settings import Format, Settings
 from millicent.engine.weighing import Components
 from millicent.errors import MachineError
@@ -212,6 +215,36 @@ def test_comes_back_to_the_former_placement_where_less_is_not_enough(monkeypatch
     assert model.residency.copied_bytes == copied
 
 
+def test_what_fails_for_another_reason_with_less_leaves_it_at_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(make_plan(), 1.0)
+    lower = place(weigh(model, make_plan()), 0.3)
+    monkeypatch.setattr(pressure, "_lower", lambda *_: lower)
+
+    def fail() -> None:
+        raise MachineError("Something else is wrong.", "Mend it.")
+
+    try:
+        raise MachineError("It is too small.", "Use less.") from torch.OutOfMemoryError("CUDA out of memory")
+    except MachineError as error:
+        with pytest.raises(MachineError, match="else"):
+            pressure.once_more_with_less(model, error, fail)
+    assert model.residency is not None
+    assert model.residency.placement == lower
+
+
+def test_what_an_open_model_has_on_the_host_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(make_plan(), 1.0)
+    assert model.residency is not None
+    monkeypatch.setattr(pressure, "_STEP_BYTES", 1 << 20)
+    monkeypatch.setattr(pressure, "free_bytes", lambda *_: 1 << 62)
+    parts = weigh(model, make_plan())
+    slabs = parts.transformer + parts.text_encoder
+    for missing, fits in ((0, True), (1, False)):
+        memory = SimpleNamespace(available_bytes=slabs - missing)
+        monkeypatch.setattr(pressure, "read_memory", lambda memory=memory: memory)
+        assert (pressure._lower(model, model.residency) is not None) == fits
+
+
 def test_says_the_first_error_where_nothing_less_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(make_plan(), 0.0)
     monkeypatch.setattr(pressure, "_lower", lambda *_: None)
@@ -263,4 +296,19 @@ def test_goes_on_once_there_is_memory_for_the_arena_again(monkeypatch: pytest.Mo
         patch.setattr(torch, "empty", refuse)
         with pytest.raises(torch.OutOfMemoryError):
             fitting.carry_out(model, placement)
+    assert draw(model) == wanted("bf16", False)
+
+
+def test_all_is_of_one_placement_where_there_is_no_memory_for_its_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(make_plan(), 1.0)
+    assert model.fast is not None
+    lower = place(weigh(model, make_plan()), 0.3)
+    monkeypatch.setattr(pressure, "_lower", lambda *_: lower)
+    monkeypatch.setattr(Residency, "settle", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(MachineError, match="too small"):
+        pressure.once_more_with_less(model, MachineError("It is too small.", "Use less."), lambda: None)
+    assert lower.abreast > 1
+    assert (model.fast.network.abreast, model.fast.modulation.keeps_on_host) == (lower.abreast, True)
+    monkeypatch.undo()
+    fitting.carry_out(model, lower)
     assert draw(model) == wanted("bf16", False)

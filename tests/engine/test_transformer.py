@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+from typing import Any
 
 import pytest
 import torch
@@ -126,6 +128,20 @@ def test_prompts_of_two_lengths_share_where_references_are_kept() -> None:
         drawing = fast.network.start(inputs[1], inputs[2], shapes, mods)
         drawn.append([drawing.step(inputs[0], row) for row in (0, 1)])
     assert all(torch.equal(first, again) for first, again in zip(drawn[0], drawn[2], strict=True))
+
+
+@pytest.mark.parametrize("attention", ["exact", "int8"])
+def test_references_of_one_size_at_a_time_are_kept_in_a_slot(attention: Any) -> None:
+    """As each is 3 GB at true size, of which a plan has one for each text."""
+    fast = lay_out(make_network(True), make_plan(Settings(attention=attention, reuse_reference=True)), CPU, torch.float32)
+    mods, _ = fast.modulation.mods(SIGMAS)
+    kept = fast.network._kept if attention == "exact" else fast.network._kept_codes
+    for shape in [(3, 5), (4, 5), (3, 5), (2, 7)]:
+        inputs = make_inputs([(4, 6), shape])
+        for slot in (0, 1):
+            fast.network.start(inputs[1], inputs[2], [(4, 6), shape], mods, slot)
+        gc.collect()
+        assert sorted(kept) == [(shape[0] * shape[1], slot) for slot in (0, 1)]
 
 
 @pytest.mark.parametrize("reuse", [False, True])

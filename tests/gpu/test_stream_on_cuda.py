@@ -69,6 +69,8 @@ def test_edits_between_results_and_a_stop_do_no_harm() -> None:
         assert isinstance(first, EditResult)
         assert first.image.tobytes() == expected[0]
         assert editor.edit(REQUESTS[1]).image.tobytes() == expected[1]
+        forget_contents(editor)  # so that it reads and encodes, while the run decodes
+        assert editor.edit(REQUESTS[1]).image.tobytes() == expected[1]
         second = next(results)
         assert isinstance(second, EditResult)
         assert second.image.tobytes() == expected[1]

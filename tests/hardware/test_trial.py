@@ -105,6 +105,19 @@ def test_a_trial_that_is_not_wanted_is_ended_at_once(tmp_path: Path) -> None:
     assert not Path(f"/proc/{note.read_text()}").exists()
 
 
+def test_a_trial_that_has_ended_already_and_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS does not let a signal be sent to what has ended."""
+    right = os.killpg
+
+    def refuse(group: int, number: int) -> None:
+        right(group, number)
+        raise PermissionError
+
+    monkeypatch.setattr(os, "killpg", refuse)
+    with start_trial(("false",)):
+        time.sleep(0.5)
+
+
 def test_a_trial_whose_starter_has_ended_ends_too() -> None:
     ended = subprocess.run((*trial_command("cpu"), "--wait"), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert ended.returncode == 0
