@@ -23,8 +23,8 @@ class Settings:
     bf16_down: keep the MLPs' down-projections, whose inputs have the largest outliers, in BF16.
     bf16_edge_blocks: keep so many blocks at either end in BF16.
     plain: draw with the plain network of model/, without our kernels and formats; the reference for all else.
-    memory_gb: of the card's memory, use at most so many GB of 1e9 bytes; what does not fit waits on the host. None for all that is
-    free.
+    memory_gb: of the card's memory, use at most so many GB of 1e9 bytes, in this process from then on; what does not fit waits on
+    the host. None for all that is free.
     """
 
     format: Format | None = None
