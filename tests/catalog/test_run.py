@@ -21,7 +21,7 @@ import pytest
 from fake_editor import WEIGHTS, FakeEditor, FakeStream, FakeWaves, accept, make_recipe, make_rows
 from PIL import Image
 
-from millicent.catalog import finish, pictures, run_outcomes, run_requests, stopping, storage
+from millicent.catalog import finish, leftovers, pictures, run_outcomes, run_requests, stopping, storage
 from millicent.catalog.attempts import Candidate
 from millicent.catalog.events import Event, Summary
 from millicent.catalog.finish import Sources
@@ -636,10 +636,8 @@ def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path: Pat
         return path
 
     for name in ("p1/v0.png", "_rejected/1/p1/v0.png", finish.PROBE):
-        left_over = leave(str(storage.name_beside(out / name).relative_to(out)))
-    os.utime(left_over, (time.time() - 120, time.time() - 120))  # the probe of a run that may have begun just now is its own
+        leave(str(storage.name_beside(out / name).relative_to(out)))
     others = [
-        leave(f".{finish.PROBE}.0123abcd"),
         leave(".v0.png.0123abcd"),  # of an output in the root, which is none of ours
         leave("p2/.v0.png.0123abcd"),  # of an image that no killed run was at
         leave("p1/.v1.png.0123abcd"),
@@ -657,6 +655,27 @@ def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path: Pat
     kept = {str(path.relative_to(out)) for path in (*others, young)}
     assert left == kept | {"p1/.v0.png.00000001", "p1/.v0.png.00000002", "_rejected", "_rejected/1"}
     assert {"p0/v0.png", "p1/v0.png", "p2/v0.png"} <= outputs(tmp_path)
+
+
+@pytest.mark.parametrize(("swept", "ends"), [(2, False), (5, True)])
+def test_a_probe_that_another_run_sweeps_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swept: int, ends: bool
+) -> None:
+    """Both begin at the same moment, and one takes the other's for what a killed run has left."""
+    right, times = Path.replace, itertools.count()
+
+    def rename(self: Path, target: Path) -> Path:
+        if next(times) < swept:
+            assert leftovers.sweep(str(tmp_path), [finish.PROBE], time.time_ns() + 10**9) == 1
+        return right(self, target)
+
+    monkeypatch.setattr(Path, "replace", rename)
+    if ends:
+        with pytest.raises(OutputError, match="No such file"):
+            finish.check_root(str(tmp_path))
+    else:
+        finish.check_root(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_image_that_kills_the_process_comes_last(tmp_path: Path, start: Stage, events: list[Event]) -> None:

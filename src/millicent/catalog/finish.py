@@ -44,6 +44,7 @@ Check = Callable[[Sources, Image.Image, Limits], Verdict]
 
 REJECTED = "_rejected"  # the folder, in the output root, of pictures that were not accepted, by attempt
 PROBE = "_probe.txt"
+PROBE_TRIES = 5
 WRITE_PAUSES_S = (0.5, 2.0)  # before a write is tried again: what was drawn is paid for
 
 
@@ -107,7 +108,14 @@ def _write(out: str, name: str, data: bytes) -> None:
 
 def check_root(out: str, size_bytes: int = 1) -> None:
     """Raises OutputError or MachineError where nothing of that size can be written under the root; leaves no local file."""
-    storage.write_output(out, PROBE, b"\n" * size_bytes)
+    for tries_left in reversed(range(PROBE_TRIES)):
+        try:
+            storage.write_output(out, PROBE, b"\n" * size_bytes)
+            break
+        except OutputError as error:
+            # a run that begins at the same moment takes it for what a killed one has left, and sweeps it (leftovers.py)
+            if not (tries_left and isinstance(error.__cause__, FileNotFoundError)):
+                raise
     if not is_remote(out):
         (Path(out) / PROBE).unlink(missing_ok=True)
 

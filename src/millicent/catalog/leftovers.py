@@ -14,8 +14,6 @@ from millicent.catalog.finish import PROBE, set_aside_name
 from millicent.catalog.ledger import Ledger
 from millicent.catalog.storage import BESIDE_HEX, output_location
 
-# a run that begins beside this one writes its own, which no ledger tells of
-_PROBE_LIVES_NS = 60 * 10**9
 _BESIDE = re.compile(rf"\.(.+)\.[0-9a-f]{{{BESIDE_HEX}}}", re.DOTALL)
 
 
@@ -29,8 +27,10 @@ def sweep_killed(ledger: Ledger, out: str) -> int:
     # the root's own time of change, by check_root's file: the file system's clock may not be this machine's. It is taken before the
     # ledger is asked: whoever takes one of these images up from then on writes later
     before_ns = Path(out).stat().st_mtime_ns
-    names = [name for output, number in ledger.lost() for name in (output, set_aside_name(output, number))]
-    return sweep(out, names, before_ns) + sweep(out, [PROBE], before_ns - _PROBE_LIVES_NS)
+    names = [PROBE]
+    for output, number in ledger.lost():
+        names += [output, set_aside_name(output, number)]
+    return sweep(out, names, before_ns)
 
 
 def sweep(out: str, names: Iterable[str], before_ns: int) -> int:
