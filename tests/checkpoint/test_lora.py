@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from millicent.checkpoint.lora import Change, fuse_loras, lightning_steps
 from millicent.checkpoint.lora_keys import layer_table, split_key
-from millicent.errors import CheckpointError, InputError, WeightsMismatchError
+from millicent.errors import CheckpointError, InputError, MachineError, WeightsMismatchError
 from millicent.model.config import MMDiTConfig
 from millicent.model.mmdit import MMDiT
 
@@ -270,6 +270,20 @@ def test_the_old_weight_is_not_written_to(tmp_path: Path) -> None:
     old = module.get_submodule(SQUARE).weight
     fuse(module, tmp_path, make_lora())
     assert torch.equal(old, make_module().get_submodule(SQUARE).weight)
+
+
+def test_nothing_is_changed_where_there_is_no_room_for_it(tmp_path: Path) -> None:
+    path, module = save(tmp_path / "lora.safetensors", make_lora(layers=[SQUARE, TALL])), make_module()
+    told: list[int] = []
+
+    def refuse(size_bytes: int) -> None:
+        told.append(size_bytes)
+        raise MachineError("There is no room.", "Make some.")
+
+    with pytest.raises(MachineError, match="no room"):
+        fuse_loras(module, [(path, 1.0)], refuse)
+    assert told == [sum(module.get_submodule(layer).weight.nbytes for layer in (SQUARE, TALL))]
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), make_module().parameters(), strict=True))
 
 
 @settings(deadline=None, max_examples=15)

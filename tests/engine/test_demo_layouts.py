@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from millicent import EditRequest, demo, open_image
 from millicent.engine.editor import Editor
+from millicent.engine.settings import Settings
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "shirt.png"
 # the most mean difference to the BF16 picture, in 255ths; measured: up to 0.7, 1.0, 1.4 and 3.0
@@ -58,10 +59,11 @@ def picture() -> np.ndarray:
     return draw(Editor.open("demo-base", device="cpu"))
 
 
+@pytest.mark.parametrize("settings", [Settings(), Settings(format="fp8")], ids=["plain", "fast"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_demo_draws_the_same_picture_through_another_layout(
-    name: str, state: zoo.State, picture: np.ndarray, tmp_path: Path
+    name: str, settings: Settings, state: zoo.State, picture: np.ndarray, tmp_path: Path
 ) -> None:
     path = zoo.write(zoo.LAYOUTS[name], state, tmp_path).path
-    drawn = draw(Editor.open("demo-base", transformer=path, device="cpu"))
+    drawn = draw(Editor.open("demo-base", transformer=path, device="cpu", settings=settings))
     assert 0 < np.abs(drawn - picture).mean() <= LAYOUTS[name]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -302,6 +303,31 @@ def test_what_a_planned_transformer_takes_is_told_before() -> None:
 def zoo_part(path: Path) -> parts.FoundPart:
     found = parts.recognize(path)
     return parts.FoundPart(found.components["transformer"], found.source, found.distilled)
+
+
+@pytest.mark.parametrize("keep_codes", [True, False])
+@pytest.mark.parametrize("name", zoo.LAYOUTS)
+def test_what_is_multiplied_out_is_told_before(name: str, keep_codes: bool, write: Write) -> None:
+    """All that a matrix takes beside its file's pages, which codes and plain numbers stay in."""
+    recognized = zoo_part(write(name).path)
+    with torch.device("meta"):
+        module: nn.Module = MMDiT(MMDiTConfig.from_dict({**recognized.component.config, "zero_cond_t": True}))
+    load_network(module, recognized.component, recognized.source, torch.bfloat16, keep_codes=keep_codes)
+    stored = {} if recognized.component.layout is None else recognized.component.layout.matrices
+    matrices = [each.nbytes for each in module.state_dict().values() if each.dim() == 2 and each.dtype == torch.bfloat16]
+    plain = [2 * math.prod(each.shape) for each in stored.values() if each.scheme.name == "plain"]
+    taken = sum(matrices) - sum(plain) if stored else 0
+    assert parts.expanded_bytes(recognized, keep_codes, torch.bfloat16) == taken
+
+
+def test_a_host_without_room_for_what_is_made_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_free_host_bytes", lambda: 3 << 30)
+    parts.check_host(3 << 30, "It")
+    with pytest.raises(MachineError, match=r"It takes 3\.0 GiB of this host's memory, and 3\.0 GiB are free") as caught:
+        parts.check_host((3 << 30) + 1, "It")
+    assert "millicent convert" in str(caught.value)
+    monkeypatch.setattr(parts, "_free_host_bytes", lambda: None)
+    parts.check_host(1 << 60, "It")
 
 
 def test_too_little_memory_is_told_before_anything_is_loaded(write: Write, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

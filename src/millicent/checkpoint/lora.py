@@ -123,16 +123,20 @@ class Change:
         return self.magnitude.to(device, torch.float32) * (moved / norm.clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def fuse_loras(module: nn.Module, loras: Sequence[tuple[Path, float]]) -> int:
+def fuse_loras(
+    module: nn.Module, loras: Sequence[tuple[Path, float]], make_room: Callable[[int], None] = lambda size_bytes: None
+) -> int:
     """Change the module's weights by LoRA files, each with its strength, which may be negative.
 
     All changes of a weight are made from the weight as it was and added up in FP32, then cast once. Their order does not
     matter. A file of strength 0 is checked, and changes nothing. Returns the number of layers changed.
+    make_room: told before that of how many bytes new weights will be; what it raises passes.
     Raises, before anything is changed, WeightsMismatchError for a file that does not fit the module, CheckpointError for
     one that cannot be read, InputError for a strength that is not finite.
     """
     parameters = dict(module.named_parameters())
     uses = read_loras(loras, parameters, layer_table(module))
+    make_room(sum(parameters[name].nbytes for name in uses))
     with torch.no_grad():
         for name, changes in uses.items():
             layer, _, kind = name.rpartition(".")

@@ -121,6 +121,7 @@ def recover(model: Model, error: BaseException, outside: torch.cuda.Stream | Non
         traceback.clear_frames(cause.__traceback__)  # or the error would hold every tensor of the edit
     if model.fast is not None:
         model.fast.network.forget()
+        model.fast.modulation.forget()
     if model.reader is not None:
         model.reader.clear()
     if model.latents is not None:

@@ -147,9 +147,8 @@ class CapturedVAE:
         self._replays = Replays(GraphRecorder(device).record, PASSES_KEPT) if records else None
 
     def clear(self) -> None:
-        """Forget all recordings: their memory is needed."""
-        if self._replays is not None:
-            self._replays.clear()
+        """Forget all recordings: their memory is needed. A failed one leaves its pool unusable."""
+        self.record(self._replays is not None)
 
     def _run(self, direction: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self._replays is None:

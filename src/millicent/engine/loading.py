@@ -25,9 +25,20 @@ from millicent.engine.allocator import limit_memory
 from millicent.engine.caches import ByteBudgetCache
 from millicent.engine.fast_vae import CapturedVAE, speed_up
 from millicent.engine.fitting import choose_placement, set_wave, sizes_of
+from millicent.engine.host_memory import shared_bytes
 from millicent.engine.laying_out import FastDrawing, lay_out, lay_out_encoder, open_slabs
 from millicent.engine.modulation import attach_stored
-from millicent.engine.parts import NETWORKS, FoundPart, check_memory, find_part, fused_steps, tell_expanded, with_distillation
+from millicent.engine.parts import (
+    NETWORKS,
+    FoundPart,
+    check_host,
+    check_memory,
+    expanded_bytes,
+    find_part,
+    fused_steps,
+    tell_expanded,
+    with_distillation,
+)
 from millicent.engine.placement import Placement
 from millicent.engine.planner import Plan
 from millicent.engine.reading import Reader
@@ -155,16 +166,27 @@ def load_model(
         digests,
     )
     placement = shared_as = None
+    expanded: dict[Network, int] = {}
+    waiting_bytes = 0  # of the host, beside those
     if plan is None or device.type != "cuda":
         check_memory([parts[network] for network in NETWORKS], keep_codes, dtype, device, plan)
     else:  # before anything is read
         shared_as = _name_layers(parts, [*((lora, 1.0) for lora in own), *loras], plan, dtype)
         placement = choose_placement(read_sizes(path), card, plan, device, limit_bytes, shared_as)
+        expanded = {network: expanded_bytes(parts[network], keep_codes or network == "text_encoder", dtype) for network in NETWORKS}
+        waiting_bytes = placement.needed_host_bytes - shared_bytes(shared_as)
+        if any(expanded.values()):
+            check_host(waiting_bytes + sum(expanded.values()), "Multiplying out this model's weights")
+
+    def check_fused(fused_bytes: int) -> None:
+        if placement is not None and not expanded["transformer"]:  # or they come in the place of those
+            check_host(waiting_bytes + fused_bytes, "Fusing LoRAs into this model's weights")
+
     checks_codes = plan is None or device.type != "cuda"  # a card looks them through as they come to it
     with _timed(seconds, "transformer"):
         mmdit = _load_mmdit(path / "transformer", transformer, dtype, keep_codes, checks_codes=checks_codes)
         if own or loras:
-            fuse_loras(mmdit, [*((lora, 1.0) for lora in own), *loras])
+            fuse_loras(mmdit, [*((lora, 1.0) for lora in own), *loras], check_fused)
         mmdit = mmdit if plan is not None else mmdit.to(device)
     with _timed(seconds, "VAE"):
         flat_vae = _load_vae(path / "vae", parts["vae"], dtype).to(device)

@@ -123,8 +123,12 @@ class ModulationSource:
     def keep_on_host(self, on_host: bool) -> None:
         """From now on; what has been made before goes."""
         if on_host != self.keeps_on_host:
-            self._made.clear()
+            self.forget()
         self.keeps_on_host = on_host
+
+    def forget(self) -> None:
+        """Let go of every table: the memory is needed."""
+        self._made.clear()
 
     def _vectors(self, name: str, timesteps: Tensor, upload: Upload = move) -> Tensor:
         module = self._modules[name]

@@ -143,6 +143,26 @@ def check_memory(
         )
 
 
+def expanded_bytes(part: FoundPart, keep_codes: bool, dtype: torch.dtype) -> int:
+    """Of the host's memory, what a part takes beside its mapped file: its codes that do not stay as they are, multiplied out."""
+    if part.component.layout is None:
+        return 0
+    matrices = part.component.layout.matrices.values()
+    expanded = [each.shape for each in matrices if each.scheme.name != "plain" and not _is_kept(each, keep_codes)]
+    return sum(rows * columns for rows, columns in expanded) * dtype.itemsize
+
+
+def check_host(wanted_bytes: int, what: str) -> None:
+    """Raises MachineError where the host has less memory than that, which `what` takes beside mapped files."""
+    free = _free_host_bytes()
+    if free is not None and wanted_bytes > free:
+        raise MachineError(
+            f"{what} takes {wanted_bytes / _GIB:.1f} GiB of this host's memory, and {free / _GIB:.1f} GiB are free.",
+            "Use a host with more memory; or write the weights once as they will be (millicent convert SRC --lora FILE -o DST "
+            "--format fp8), which takes little of it, and open what it writes.",
+        )
+
+
 def _needed_bytes(component: Component, keep_codes: bool, dtype: torch.dtype, plan: Plan | None) -> int:
     if plan is not None and component.network == "transformer":
         return _planned_bytes(component, plan, dtype)

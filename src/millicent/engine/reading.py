@@ -117,8 +117,7 @@ class Reader:
         """Forget everything: the weights have changed, or the memory is needed."""
         for cache in (self.pictures, self.openings, self.embeddings):
             cache.clear()
-        if self.replays is not None:
-            self.replays.clear()
+        self.record(self.replays is not None)  # a failed recording leaves its pool unusable
 
     @torch.no_grad()
     def read(self, prompt: str, images: Sequence[Image.Image]) -> Tensor:

@@ -107,7 +107,8 @@ class FastMMDiT:
         self.attention = attention
         self.reuse_reference = reuse_reference
         self.edges = mmdit  # what stands before and after the blocks stays as it is
-        self.dtype, self.device = mmdit.img_in.weight.dtype, mmdit.img_in.weight.device
+        # of a parameter that is never codes
+        self.dtype, self.device = mmdit.txt_norm.weight.dtype, mmdit.txt_norm.weight.device
         self.kernels = choose(self.device) if kernels is None else kernels
         self.int8_attention = choose_int8_attention(self.device)
         self.keeps_codes = keeps_codes
@@ -115,6 +116,8 @@ class FastMMDiT:
         self.overlaps_text = overlaps_text
         # one for all graphs: torch's streams come round again after 32, and might be another graph's
         self.side = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
+        # torch's own for all captures is on the card of its first
+        self.capturing = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.stack: Stack | None = None
         self.abreast = 1
         self._drawings: OrderedDict[tuple[object, ...], Drawing] = OrderedDict()
@@ -301,7 +304,9 @@ class Drawing:
         self._forward(reuses, None)  # what is compiled, tuned or allocated at first use cannot be while a graph is captured
         torch.cuda.synchronize(self.network.device)
         # other threads may go on using the card meanwhile
-        with torch.cuda.graph(graph, pool=self.network.graph_pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self.network.graph_pool, stream=self.network.capturing, capture_error_mode="thread_local"
+        ):
             self.drawn.copy_(self._forward(reuses, self._side))
         return graph
 
