@@ -19,7 +19,7 @@ import torch
 from conftest import draw_picture
 
 from millicent.edits import EditRequest
-from millicent.engine import pressure
+from millicent.engine import loading, pressure
 from millicent.engine.editor import Editor
 from millicent.engine.failures import Place, explain, guarded, is_out_of_memory
 from millicent.engine.settings import Settings
@@ -197,6 +197,25 @@ def test_a_second_try_from_where_the_first_is_handled_is_judged_by_itself(
             editor.edit(EditRequest(images=REQUEST.images, prompt="<|im_end|>"))
         assert len(editor._model.latents) == 1, "a refusal is no failure: nothing is dropped"
     assert kept.images
+
+
+def test_what_earlier_edits_have_left_goes_before_weights_do(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = open_editor(tiny_folder)
+    expected = editor.edit(REQUEST).image.tobytes()
+    given_up = Mock()
+    monkeypatch.setattr(pressure, "once_more_with_less", given_up)
+    fail_once(monkeypatch, OUT_OF_MEMORY[1])
+    assert editor.edit(REQUEST).image.tobytes() == expected
+    given_up.assert_not_called()
+
+
+def test_memory_that_runs_out_in_opening_is_told(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "speed_up_model", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(MachineError, match="ran out while the model was opened"):
+        open_editor(tiny_folder)
+    monkeypatch.setattr(loading, "speed_up_model", Mock(side_effect=RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        open_editor(tiny_folder)
 
 
 def test_another_failure_in_a_handler_of_the_first_gives_nothing_up(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 from test_stream import REQUESTS, SETTINGS, make_request, same
 
 from millicent.edits import EditRequest, EditResult
-from millicent.engine import drawing, pipeline, stream, waves
+from millicent.engine import drawing, pipeline, pressure, waves
 from millicent.engine.editor import Editor
 from millicent.engine.stream import Stages
 from millicent.errors import CheckpointError, MachineError, MillicentError, PromptTooLongError, SizeError
@@ -146,7 +146,7 @@ def test_what_fails_for_memory_once_is_done_again_and_what_always_does_is_told(
         raise error
 
     monkeypatch.setattr(home, stage, fails)
-    monkeypatch.setattr(stream, "once_more_with_less", nothing_can_go)
+    monkeypatch.setattr(pressure, "once_more_with_less", nothing_can_go)
     found = list(in_waves(single, 3).edit_many(map(make_request, range(4))))
     assert calls == [0, 1, 1, 2, 2, 3]
     assert isinstance(found.pop(2), MachineError)
@@ -177,7 +177,7 @@ def test_a_run_that_finds_memory_short_goes_on_in_waves(
         work()
 
     monkeypatch.setattr(home, stage, fails)
-    monkeypatch.setattr(stream, "once_more_with_less", go_lower)
+    monkeypatch.setattr(pressure, "once_more_with_less", go_lower)
     found = list(editor.edit_many(map(make_request, asked)))
     monkeypatch.undo()
     assert all(same(one, single.edit(make_request(number))) for one, number in zip(found, asked, strict=True))

@@ -19,7 +19,7 @@ from millicent.edits import EditRequest, EditResult, OnProgress, Timings
 from millicent.engine.placement import Placement
 from millicent.engine.planner import Plan
 from millicent.engine.settings import Settings
-from millicent.errors import IncompleteModelError, InputError, MillicentError, MissingExtraError, ModelNotFoundError
+from millicent.errors import IncompleteModelError, InputError, MachineError, MillicentError, MissingExtraError, ModelNotFoundError
 from millicent.facts.models import ModelCard, find_card, read_card
 
 if TYPE_CHECKING:
@@ -117,6 +117,15 @@ class Editor:
                 f"The package {error.name} is not installed, and drawing needs it.",
                 'Run: pip install "millicent[engine]"',
             ) from error
+        except RuntimeError as error:
+            from millicent.engine import failures
+
+            if not failures.is_out_of_memory(error):
+                raise
+            raise MachineError(
+                "The memory of the card ran out while the model was opened: another program has taken some meanwhile.",
+                "Free it there and open the model again, or give fewer GB in memory_gb (--memory).",
+            ) from error
         return cls(name, loaded)
 
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> EditResult:
@@ -128,13 +137,19 @@ class Editor:
         """
         from millicent.engine import failures, pressure
 
-        handled = sys.exception()  # whoever asks may be handling another edit's failure
-        try:
+        def draw() -> EditResult:
             return self._draw(request, on_progress)
+
+        handled = sys.exception()  # whoever asks may be handling another edit's failure
+        kept = failures.keeps_something(self._model)
+        try:
+            return draw()
         except MillicentError as error:
             if not failures.is_out_of_memory(error, handled):
                 raise
-            return pressure.once_more_with_less(self._model, error, lambda: self._draw(request, on_progress))
+            if kept:  # of earlier edits; it has gone now
+                return pressure.once_more(self._model, draw)
+            return pressure.once_more_with_less(self._model, error, draw)
 
     def _draw(self, request: EditRequest, on_progress: OnProgress | None) -> EditResult:
         import torch

@@ -109,6 +109,11 @@ def is_out_of_memory(error: BaseException, handled: BaseException | None = None)
     )
 
 
+def keeps_something(model: Model) -> bool:
+    """Of the device's memory, for edits that are like earlier ones; what `recover` drops."""
+    return model.fast is not None and model.fast.network.keeps_drawings
+
+
 def recover(model: Model, error: BaseException, outside: torch.cuda.Stream | None) -> None:
     """Drop what was kept for later edits, and what the failed one left.
 

@@ -24,6 +24,17 @@ _LOG = logging.getLogger("millicent")
 _STEP_BYTES = 1 << 30
 
 
+def once_more(model: Model, work: Callable[[], T]) -> T:
+    """Do work again that has failed for want of memory beside what is gone now; where it fails again, with less of the model."""
+    handled = sys.exception()  # the first failure
+    try:
+        return work()
+    except MillicentError as error:
+        if not is_out_of_memory(error, handled):
+            raise
+        return once_more_with_less(model, error, work)
+
+
 def once_more_with_less(model: Model, error: MillicentError, work: Callable[[], T]) -> T:
     """Do work again that has failed for want of the card's memory, with less of the model there. Says so in the log.
 

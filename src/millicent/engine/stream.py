@@ -39,7 +39,7 @@ from millicent.engine.drawing import Conditioning, Latents, Told
 from millicent.engine.loading import Model
 from millicent.engine.output import Sent
 from millicent.engine.pipeline import Course, Prepared
-from millicent.engine.pressure import once_more_with_less
+from millicent.engine.pressure import once_more
 from millicent.engine.watch import Mark, mark, seconds_between
 from millicent.errors import MillicentError
 
@@ -168,20 +168,11 @@ class Stages:
                 if not failures.is_out_of_memory(error, handled):
                     raise
                 # recovery has waited for all other work on the card
-                self._work_alone(work_guarded)
+                once_more(self._model, work_guarded)
         except MillicentError as error:
             edit.error = error
         except _Cancelled:
             edit.was_cut = True
-
-    def _work_alone(self, work: Callable[[], None]) -> None:
-        handled = sys.exception()  # the first failure
-        try:
-            work()
-        except MillicentError as error:
-            if not failures.is_out_of_memory(error, handled):
-                raise
-            once_more_with_less(self._model, error, work)
 
     def attempt_together(self, edits: Sequence[Edit]) -> None:
         """Draw several at once. Where that fails none has been drawn; attempted by itself, each tells whether it was the cause.

@@ -223,6 +223,10 @@ class FastMMDiT:
             if side is not None:
                 torch.cuda.current_stream(self.device).wait_stream(side)
 
+    @property
+    def keeps_drawings(self) -> bool:
+        return bool(self._drawings)
+
     def record(self, records: bool) -> None:
         """Whether steps are recorded as graphs from now on."""
         self.uses_graphs = records and self.device.type == "cuda"
