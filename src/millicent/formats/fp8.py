@@ -23,8 +23,11 @@ MULTIPLE = 16
 ADA = (8, 9)
 # https://github.com/pytorch/pytorch/issues/177651
 FIRST_TORCH_THAT_RETURNS_ON_ADA = (2, 12)
-# with scales per row cuBLAS has none for few rows of many columns: https://github.com/pytorch/ao/issues/4582
-_NO_PRODUCT = "CUBLAS_STATUS_NOT_SUPPORTED"
+# with scales per row cuBLAS has none for few rows of many columns (https://github.com/pytorch/ao/issues/4582), and torch none for
+# some cards
+_NO_PRODUCT = ("CUBLAS_STATUS_NOT_SUPPORTED", "Rowwise scaling is not currently supported")
+# device, rows, n, k, and whether there is a bias, as one linear of a shape has found for all that are like it
+_WITHOUT_PRODUCT: set[tuple[torch.device, int, int, int, bool]] = set()
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +73,6 @@ class FP8Linear(ScaledLinear):
         check_sides(n, k, "FP8")
         super().__init__(codes, scale.expand(n, 1).contiguous(), None if bias is None else bias.bfloat16())
         self.backend = backend
-        self._rows_without_product: set[int] = set()
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None) -> Self:
@@ -86,13 +88,14 @@ class FP8Linear(ScaledLinear):
         assert scale is not None
         if values.device.type != "cuda":
             return self._emulate(values, scale, out)
-        if self._choose_backend(values.device) == "torch" and len(values) not in self._rows_without_product:
+        shape = values.device, len(values), self.out_features, self.in_features, self.bias is not None
+        if self._choose_backend(values.device) == "torch" and (self.backend is not None or shape not in _WITHOUT_PRODUCT):
             try:
                 return self._multiply_by_torch(values, scale, out)
             except RuntimeError as error:
-                if self.backend is not None or _NO_PRODUCT not in str(error):
+                if self.backend is not None or not any(words in str(error) for words in _NO_PRODUCT):
                     raise
-                self._rows_without_product.add(len(values))
+                _WITHOUT_PRODUCT.add(shape)
         from millicent.kernels.matmul import scaled_matmul
 
         if out is None:
