@@ -93,6 +93,7 @@ class Editor:
         """
         name, folder, card = find_model(model)
         stand_ins: dict[Network, str | Path | None] = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+        handled = sys.exception()  # whoever opens may be handling another failure
         try:
             from millicent.engine import loading
 
@@ -120,18 +121,19 @@ class Editor:
         except RuntimeError as error:
             from millicent.engine import failures
 
-            if not failures.is_out_of_memory(error):
+            if not failures.is_out_of_memory(error, handled):
                 raise
             raise MachineError(
-                "The memory of the card ran out while the model was opened: another program has taken some meanwhile.",
-                "Free it there and open the model again, or give fewer GB in memory_gb (--memory).",
+                f"The memory of {place} ran out while the model was opened; another program may have taken some meanwhile.",
+                "Free what others hold there, or give the GB that may be used in memory_gb (--memory).",
             ) from error
         return cls(name, loaded)
 
     def edit(self, request: EditRequest, on_progress: OnProgress | None = None) -> EditResult:
         """Draw every variant of a request.
 
-        Where the card's memory runs out it is drawn again, once, with less of the model there, and the log says so.
+        Where the card's memory runs out it is drawn again: without what earlier edits left there, and where that is not enough once
+        more with less of the model there, and the log says so.
         Raises InputError and its kinds for what this model cannot draw; MachineError where memory or a kernel fails, after which
         the editor can be used again.
         """

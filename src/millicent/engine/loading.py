@@ -179,8 +179,10 @@ def load_model(
             check_host(waiting_bytes + sum(expanded.values()), "Multiplying out this model's weights")
 
     def check_fused(fused_bytes: int) -> None:
-        if placement is not None and not expanded["transformer"]:  # or they come in the place of those
-            check_host(waiting_bytes + fused_bytes, "Fusing LoRAs into this model's weights")
+        # what was multiplied out is there already, and is replaced
+        more_bytes = 0 if placement is None else fused_bytes - expanded["transformer"]
+        if more_bytes > 0:
+            check_host(waiting_bytes + more_bytes, "Fusing LoRAs into this model's weights")
 
     checks_codes = plan is None or device.type != "cuda"  # a card looks them through as they come to it
     with _timed(seconds, "transformer"):

@@ -158,7 +158,7 @@ def check_host(wanted_bytes: int, what: str) -> None:
     if free is not None and wanted_bytes > free:
         raise MachineError(
             f"{what} takes {wanted_bytes / _GIB:.1f} GiB of this host's memory, and {free / _GIB:.1f} GiB are free.",
-            "Use a host with more memory; or write the weights once as they will be (millicent convert SRC --lora FILE -o DST "
+            "Use a host with more memory; or write the weights once as they will be (millicent convert SRC [--lora FILE] -o DST "
             "--format fp8), which takes little of it, and open what it writes.",
         )
 

@@ -27,6 +27,7 @@ _STEP_BYTES = 1 << 30
 def once_more(model: Model, work: Callable[[], T]) -> T:
     """Do work again that has failed for want of memory beside what is gone now; where it fails again, with less of the model."""
     handled = sys.exception()  # the first failure
+    _LOG.info("The card's memory ran out. What earlier edits left there is gone now, and this is done once more.")
     try:
         return work()
     except MillicentError as error:
