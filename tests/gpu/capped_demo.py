@@ -17,7 +17,7 @@ from millicent.edits import EditRequest, EditResult
 from millicent.engine import fitting
 from millicent.engine.editor import Editor, find_model
 from millicent.engine.layer_stack import Layer
-from millicent.engine.loading import Model, load_model, speed_up_model
+from millicent.engine.loading import Model, current, load_model, speed_up_model
 from millicent.engine.placement import place_on_card
 from millicent.engine.planner import plan
 from millicent.engine.residency import Residency
@@ -45,19 +45,33 @@ def ask(number: int, *pictures: int, **changes: Any) -> EditRequest:
 REQUESTS = [ask(0), ask(1), ask(2, true_cfg=3.0, negative_prompt="blur"), ask(3, 0, 1, variants=2), ask(4)]
 
 
-def load(kind: str, share: float | None, area_px: int = 256 * 256, shared_as: str | None = None, **changes: int) -> Model:
+def load(
+    kind: str,
+    share: float | None,
+    area_px: int = 256 * 256,
+    shared_as: str | None = None,
+    device: torch.device = CUDA,
+    **changes: int,
+) -> Model:
     """The demo on a card, with so much of the memory that its layers can use.
 
     share: 1 for all, 0 for the least, None for all with what is recorded beside it. changes: of the placement that has it so.
     """
+    with current(device):
+        return _load(kind, share, area_px, shared_as, device, changes)
+
+
+def _load(
+    kind: str, share: float | None, area_px: int, shared_as: str | None, device: torch.device, changes: dict[str, int]
+) -> Model:
     _, folder, card = find_model("demo")
     model = load_model(folder, card, torch.device("cpu"), torch.bfloat16)
     assert isinstance(model.vae, VAE)
     card = dataclasses.replace(model.card, vae_area_px=area_px)
-    model = dataclasses.replace(model, card=card, device=CUDA, vae=model.vae.to(CUDA))
+    model = dataclasses.replace(model, card=card, device=device, vae=model.vae.to(device))
     chosen = plan(SETTINGS[kind], torch.cuda.get_device_capability(), torch.cuda.get_device_name())
     assert chosen is not None
-    parts = fitting.weigh_model(fitting.sizes_of(model), fitting.usual_work(card), chosen, CUDA)
+    parts = fitting.weigh_model(fitting.sizes_of(model), fitting.usual_work(card), chosen, device)
     whole = parts.resident + parts.phases.recorded_bytes(RECORDED[0])
     free_bytes = whole if share is None else parts.least + round(share * (parts.resident - parts.least))
     placement = place_on_card(parts, free_bytes)
