@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
+import itertools
 from typing import Any
 
 import pytest
@@ -128,6 +130,30 @@ def test_prompts_of_two_lengths_share_where_references_are_kept() -> None:
         drawing = fast.network.start(inputs[1], inputs[2], shapes, mods)
         drawn.append([drawing.step(inputs[0], row) for row in (0, 1)])
     assert all(torch.equal(first, again) for first, again in zip(drawn[0], drawn[2], strict=True))
+
+
+def test_graphs_get_another_pool_once_the_last_of_one_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch takes none into a pool that has lost all of its own: "use_count > 0 INTERNAL ASSERT FAILED"."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", functools.partial(next, itertools.count()))
+    fast = lay_out(make_network(True), make_plan(Settings(format="bf16")), CPU, torch.float32)
+    network, (mods, _) = fast.network, fast.modulation.mods(SIGMAS)
+    graph: Any = object()
+
+    def open_pool(reference: tuple[int, int]) -> object:
+        shapes = [(4, 6), reference]
+        _, txt, references = make_inputs(shapes)
+        drawing = network.start(txt, references, shapes, mods)
+        network.open_pool()
+        drawing.graphs[False] = graph
+        return network.graph_pool
+
+    # of a CPU's drawings two are kept: the first goes when the third comes, and both of these when two more come
+    assert [open_pool((3, width)) for width in (5, 6, 7)] == [0, 0, 0]
+    for drawing in network._drawings.values():
+        drawing.graphs.clear()  # as of shapes that came once
+    assert [open_pool((3, width)) for width in (5, 6)] == [1, 1]
+    network.forget()
+    assert open_pool((3, 5)) == 2
 
 
 @pytest.mark.parametrize("attention", ["exact", "int8"])

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
 
 from benchmarks.true_size import TRUE, make_transformer  # noqa: E402
+from millicent.engine import transformer  # noqa: E402
 from millicent.engine.laying_out import FastDrawing, lay_out  # noqa: E402
 from millicent.engine.planner import TENSOR_CORES, plan  # noqa: E402
 from millicent.engine.sampler import round_timestep  # noqa: E402
@@ -197,6 +201,53 @@ def test_graphs_draw_what_their_launches_draw(
     assert len(drawing.graphs) == (2 if settings.reuse_reference else 1)
     for run in runs[1:]:
         assert all(torch.equal(found, wanted) for found, wanted in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings(reuse_reference=True)], ids=["exact", "reuse"])
+@torch.inference_mode()
+def test_another_shape_is_recorded_when_the_last_graph_has_gone(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, peer: diffusers.QwenImageTransformer2DModel, inputs: Inputs
+) -> None:
+    """As where one shape is recorded, and more come once each than are kept; or with references of another size, in reuse."""
+    monkeypatch.setattr(transformer, "_KEPT_SHAPES", 1)
+    laid_out = fast(peer, settings)
+    smaller = inputs._replace(references=inputs.references[:, : 10 * 12])
+
+    def draw(each: Inputs) -> tuple[list[Tensor], int]:
+        mods, _ = laid_out.modulation.mods(SIGMAS)
+        reference = (each.references.shape[1] // 12, 12)
+        drawing = laid_out.network.start(each.txt, each.references, [SHAPES[0], reference], mods)
+        return [drawing.step(each.latents, number) for number in range(4)], len(drawing.graphs)
+
+    runs = [draw(each) for each in (inputs, smaller, inputs) for _ in range(3)]
+    assert [graphs > 0 for _, graphs in runs] == [False, True, True] * 3
+    for number, (run, _) in enumerate(runs):
+        wanted, _ = runs[3 if 3 <= number < 6 else 0]
+        assert all(torch.equal(found, each) for found, each in zip(run, wanted, strict=True))
+
+
+@torch.inference_mode()
+def test_other_threads_keep_the_kernels_of_their_own_attention(peer: diffusers.QwenImageTransformer2DModel, inputs: Inputs) -> None:
+    """Which ones it may take is set for a whole process in PyTorch."""
+    drawing = start(fast(peer, Settings()), inputs)
+    ended, begun = threading.Event(), threading.Event()
+
+    def attend() -> None:
+        q = torch.randn(1, 4, 118, 32, device=CUDA, dtype=torch.bfloat16)
+        k = q[:, :2].contiguous()  # fewer heads, which not every kernel takes
+        while not ended.is_set():
+            F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+            begun.set()
+
+    with ThreadPoolExecutor(1) as threads:
+        other = threads.submit(attend)
+        try:
+            assert begun.wait(60)
+            for number in range(4):
+                drawing.step(inputs.latents, number)
+        finally:
+            ended.set()
+        other.result()
 
 
 @torch.inference_mode()

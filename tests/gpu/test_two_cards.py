@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,14 +25,14 @@ SHARES = [None, 0.9, 0.3]
 @pytest.mark.parametrize("kind", ["own", "approximate"])
 def test_the_pictures_are_the_same(kind: str, share: float | None) -> None:
     expected = wanted(kind)
-    torch.cuda.synchronize()
+    gc.collect()
     first = torch.cuda.memory_allocated(CUDA)
     model = load(kind, share, device=SECOND)
     for _ in range(3):  # as it is, recorded, replayed
         assert draw(model) == expected
     assert draw_in_waves(model, 3, threading.Event()) == expected
     assert torch.cuda.current_device() == 0
-    assert torch.cuda.memory_allocated(CUDA) == first
+    assert torch.cuda.memory_allocated(CUDA) <= first
 
 
 def test_the_caller_keeps_its_own_card_between_results() -> None:

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from millicent.engine.capture import GraphRecorder, Replays
 from millicent.errors import MachineError
@@ -89,10 +88,12 @@ class FastSelfAttention(nn.Module):
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q[:, None], k[:, None], v[:, None]
     if q.device.type != "cuda":  # the memory-efficient kernel is for cards
-        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return F.scaled_dot_product_attention(q, k, v)[:, 0]
+    # by its own name, as in transformer.py
+    attended: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, False)[0]
+    return attended[:, 0]
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = CHUNK_ROWS) -> Tensor:

@@ -22,9 +22,7 @@ from typing import Literal
 from weakref import WeakValueDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from millicent.engine.blocks import FastBlock, Half, MakeLinear, Mods, RowLinear, make_block
 from millicent.engine.layer_stack import Stack
@@ -35,10 +33,11 @@ from millicent.model.mmdit import MMDiT
 Exact = Literal["cudnn", "flash", "math"]
 Attention = Exact | Literal["int8"]
 _KEPT_SHAPES = 16  # a prompt's length is part of a shape: a catalog has dozens, of 40 MB each at true size
-_BACKENDS: dict[Exact, SDPBackend] = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "math": SDPBackend.MATH,
+# by their own names: which of them scaled_dot_product_attention may take is set for the whole process, other threads included
+_EXACT: dict[Exact, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "cudnn": lambda q, k, v: torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0],
+    "flash": lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0],
+    "math": lambda q, k, v: torch.ops.aten._scaled_dot_product_attention_math(q, k, v)[0],
 }
 
 
@@ -123,7 +122,6 @@ class FastMMDiT:
         self._drawings: OrderedDict[tuple[object, ...], Drawing] = OrderedDict()
         self._kept: WeakValueDictionary[tuple[int, int], Tensor] = WeakValueDictionary()
         self._kept_codes: WeakValueDictionary[tuple[int, int], KeysValues] = WeakValueDictionary()
-        self.forget()
         self.blocks: list[FastBlock] = []
         taken, mmdit.transformer_blocks = list(mmdit.transformer_blocks), nn.ModuleList()
         for number in range(len(taken)):
@@ -235,8 +233,14 @@ class FastMMDiT:
     def forget(self) -> None:
         """Let go of every shape's buffers and graphs: the memory is needed, or a step has failed half-way."""
         self._drawings.clear()
-        # one picture is drawn after another, so that their graphs may share memory; a failed capture leaves its pool unusable
-        self.graph_pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
+
+    def open_pool(self) -> None:
+        """Have a pool of memory for one more graph: that of those there are, as one picture is drawn after another.
+
+        A pool that has lost its last graph, or in which a capture has failed, takes no other.
+        """
+        if not any(drawing.graphs for drawing in self._drawings.values()):
+            self.graph_pool = torch.cuda.graph_pool_handle()
 
 
 class Drawing:
@@ -307,6 +311,7 @@ class Drawing:
         graph = torch.cuda.CUDAGraph()
         self._forward(reuses, None)  # what is compiled, tuned or allocated at first use cannot be while a graph is captured
         torch.cuda.synchronize(self.network.device)
+        self.network.open_pool()
         # other threads may go on using the card meanwhile
         with torch.cuda.graph(
             graph, pool=self.network.graph_pool, stream=self.network.capturing, capture_error_mode="thread_local"
@@ -444,7 +449,5 @@ def _copy_rows(to: Tensor, rows: Tensor) -> None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: Exact) -> Tensor:
     """q (M, H, d), k and v (S, H, d) -> (M, H d)."""
-    with sdpa_kernel(_BACKENDS[backend]):
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v)
+    attended = _EXACT[backend](*(x.transpose(0, 1)[None] for x in (q, k, v)))
     return attended[0].transpose(0, 1).flatten(1)
