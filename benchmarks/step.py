@@ -1,6 +1,7 @@
 """Where one step of the transformer goes, kernel by kernel, at true size with random weights. `python -m benchmarks.step`.
 
-Needs a CUDA card. `benchmarks.peers` holds the engine against others; this one says what to do next.
+Needs a CUDA card. `benchmarks.peers` holds the engine against others; this one says what to do next: which kernels a step's time
+is, when the card waits for the next one, how much two run beside each other, and at what clock and power all that was.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import pynvml  # type: ignore[import-untyped]
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,6 +27,41 @@ from millicent.model.config import MMDiTConfig
 from millicent.model.mmdit import MMDiT
 
 SIGMAS = [1.0, 0.9, 0.75, 0.5, 0.0]
+# the last of so many is told: before it the card has become as hot as in a row of edits
+PROFILED_STEPS = 6
+KERNELS_SHOWN, GAPS_SHOWN = 14, 8
+
+
+class Kernel(NamedTuple):
+    """One launch, as the profiler saw it."""
+
+    name: str
+    begin_us: float
+    end_us: float
+
+
+class Timeline(NamedTuple):
+    """What became of the time of some kernels, ms, and the gaps between them, us, by the kernels before and after."""
+
+    whole_ms: float
+    idle_ms: float
+    beside_ms: float  # two or more at once
+    gaps_us: dict[tuple[str, str], list[float]]
+
+
+def lay_out_in_time(kernels: Sequence[Kernel]) -> Timeline:
+    """kernels: in the order in which they began."""
+    gaps: dict[tuple[str, str], list[float]] = defaultdict(list)
+    last, beside = kernels[0], 0.0
+    for kernel in kernels[1:]:
+        if kernel.begin_us >= last.end_us:
+            gaps[last.name, kernel.name].append(kernel.begin_us - last.end_us)
+        else:
+            beside += min(kernel.end_us, last.end_us) - kernel.begin_us
+        if kernel.end_us >= last.end_us:
+            last = kernel
+    whole, idle = last.end_us - kernels[0].begin_us, sum(sum(each) for each in gaps.values())
+    return Timeline(whole / 1e3, idle / 1e3, beside / 1e3, dict(gaps))
 
 
 def make_network(layers: int, device: torch.device) -> MMDiT:
@@ -73,9 +112,45 @@ def start(settings: Settings, args: argparse.Namespace) -> tuple[Drawing, torch.
     return drawings[-1], latents
 
 
+def profile_last(work: Callable[[], object], times: int) -> list[Kernel]:
+    """The kernels of the last of `times`, which all launch the same ones, in the order in which they began."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(times):
+            work()
+        torch.cuda.synchronize()
+    found = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
+    kernels = sorted((Kernel(event.name, event.time_range.start, event.time_range.end) for event in found), key=lambda one: one[1])
+    assert len(kernels) % times == 0, (len(kernels), times)
+    return kernels[-len(kernels) // times :]
+
+
+def read_clock(work: Callable[[], object], work_s: float) -> dict[str, float]:
+    """The clock of the multiprocessors and the card's power in the middle of work that has gone on for a second."""
+    pynvml.nvmlInit()
+    card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
+    times = round(1 / work_s) + 2
+    for _ in range(times):
+        work()
+    time.sleep((times - 1) * work_s)
+    clock, power = pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM), pynvml.nvmlDeviceGetPowerUsage(card) / 1e3
+    torch.cuda.synchronize()
+    return {"sm_mhz": clock, "watts": round(power)}
+
+
+def show(kernels: Sequence[Kernel], timeline: Timeline) -> None:
+    spent: dict[str, list[float]] = defaultdict(list)
+    for kernel in kernels:
+        spent[kernel.name].append(kernel.end_us - kernel.begin_us)
+    for name, each in sorted(spent.items(), key=lambda item: -sum(item[1]))[:KERNELS_SHOWN]:
+        print(f"  {sum(each) / 1e3:8.2f} ms {len(each):6} x {statistics.mean(each):8.1f} us  {name[:90]}")
+    print(f"  of {timeline.whole_ms:.2f} ms two ran at once for {timeline.beside_ms:.2f}, and none for {timeline.idle_ms:.2f}:")
+    for (before, after), each in sorted(timeline.gaps_us.items(), key=lambda item: -sum(item[1]))[:GAPS_SHOWN]:
+        print(f"  {sum(each) / 1e3:8.2f} ms {len(each):6} x {statistics.mean(each):8.1f} us  {before[:44]} -> {after[:44]}")
+
+
 @torch.inference_mode()
 def measure(name: Format, args: argparse.Namespace) -> dict[str, object]:
-    """Prints the kernels that take longest; the figures of one format."""
+    """Prints the kernels and gaps that take longest; the figures of one format."""
     settings = Settings(format=name, attention=args.attention, reuse_reference=args.reuse)
     began = time.perf_counter()
     drawing, latents = start(settings, args)
@@ -83,15 +158,17 @@ def measure(name: Format, args: argparse.Namespace) -> dict[str, object]:
     built_s = time.perf_counter() - began
     drawing.step(latents, 0)  # what is timed is a later one
     step_ms = median_ms(lambda: drawing.step(latents, 1), args.repeats)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        drawing.step(latents, 1)
-        torch.cuda.synchronize()
-    rows = sorted(profiler.key_averages(), key=lambda row: -row.device_time_total)
-    for row in rows[:14]:
-        each_us = row.device_time_total / row.count
-        print(f"  {row.device_time_total / 1e3:8.2f} ms {row.count:6} x {each_us:8.1f} us  {row.key[:90]}")
-    kernels_ms = sum(row.device_time_total for row in rows) / 1e3
-    figures = {"step_ms": round(step_ms, 2), "kernels_ms": round(kernels_ms, 2), "built_s": round(built_s, 1)}
+    kernels = profile_last(lambda: drawing.step(latents, 1), PROFILED_STEPS)
+    timeline = lay_out_in_time(kernels)
+    show(kernels, timeline)
+    figures = {
+        "step_ms": round(step_ms, 2),
+        "profiled_ms": round(timeline.whole_ms, 2),
+        "idle_ms": round(timeline.idle_ms, 2),
+        "beside_ms": round(timeline.beside_ms, 2),
+        "built_s": round(built_s, 1),
+        **read_clock(lambda: drawing.step(latents, 1), step_ms / 1e3),
+    }
     return {"benchmark": "step", **vars(args), "format": name, **figures, **describe_machine(torch.device("cuda"))}
 
 
