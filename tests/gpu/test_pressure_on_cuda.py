@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from millicent.edits import EditRequest
 from millicent.engine import drawing, pressure
 from millicent.engine.editor import Editor
+from millicent.engine.failures import recover
 from millicent.errors import MachineError
 
 pytestmark = pytest.mark.gpu
@@ -105,6 +106,8 @@ def test_tells_where_less_is_not_enough_and_goes_on(editor: Editor, monkeypatch:
         assert pictures_of(editor.edit(LARGE)) == large
 
 
+# a page of PyTorch's allocator, of 20 MiB; as many streams' workspaces of cuBLAS's, 8 MiB or more each, are far more
+RUNS, FIRST_RUNS, GROWTH_OF_RUNS_BYTES = 40, 8, 24 << 20
 EDITS, WARM, PERIOD, GROWTH_BYTES = 500, 60, 48, 2 << 20
 
 
@@ -134,3 +137,25 @@ def test_memory_does_not_grow_over_edits_of_mixed_sizes(share: float | None, man
         then = seen[WARM + (number - WARM) % PERIOD]
         grown = [after - before for after, before in zip(seen[number], then, strict=True)]
         assert max(grown) <= GROWTH_BYTES, (number, grown, fullest)
+
+
+@pytest.mark.parametrize("share", [None, 0.3])
+def test_memory_does_not_grow_with_runs_of_many_edits(share: float | None) -> None:
+    model = load("own", share)
+    keep_contents(model, 0)
+    editor, seen = Editor("demo", model), []
+    for _ in range(RUNS):
+        assert all(pictures_of(outcome) for outcome in editor.edit_many(map(ask_mixed, range(4))))
+        seen.append(torch.cuda.memory_reserved())
+    assert max(seen) <= max(seen[:FIRST_RUNS]) + GROWTH_OF_RUNS_BYTES, [size >> 20 for size in seen]
+
+
+def test_recordings_that_are_dropped_and_made_again_take_no_more() -> None:
+    model, seen = load("own", None), []
+    for _ in range(10):
+        for _ in range(3):  # as it is, recorded, replayed
+            keep_contents(model, 0)
+            assert pictures_of(Editor("demo", model).edit(ask(0)))
+        recover(model, RuntimeError("of another edit"), torch.cuda.current_stream())
+        seen.append(torch.cuda.memory_reserved())
+    assert max(seen) <= seen[0] + GROWTH_OF_RUNS_BYTES, [size >> 20 for size in seen]

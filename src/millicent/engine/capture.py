@@ -87,8 +87,13 @@ class GraphRecorder:
     def __init__(self, device: torch.device) -> None:
         assert device.type == "cuda"
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        # kept for good: of each stream that ever was PyTorch's allocator keeps memory, and cuBLAS a workspace
         self._stream = torch.cuda.Stream(device)
+        self.open_pool()
+
+    def open_pool(self) -> None:
+        """Record in another pool from now on: one takes no more once a recording has failed in it, or its last one has gone."""
+        self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Work, inputs: Tensors) -> Graph:
         """Raises RuntimeError where it does not fit into memory; a recording that could not be ended leaves its stream current."""

@@ -126,6 +126,7 @@ class CapturedVAE:
     def __init__(self, vae: VAE, *, graphs: bool = True) -> None:
         self.vae = vae
         self._replays: Replays | None = None
+        self._recorder: GraphRecorder | None = None
         self.record(graphs)
 
     @property
@@ -144,11 +145,14 @@ class CapturedVAE:
 
     def record(self, records: bool) -> None:
         """Whether passes are recorded from now on."""
-        device = next(self.vae.parameters()).device
-        self._replays = Replays(GraphRecorder(device).record, PASSES_KEPT) if records else None
+        self._replays = None
+        if records:
+            self._recorder = self._recorder or GraphRecorder(next(self.vae.parameters()).device)
+            self._recorder.open_pool()
+            self._replays = Replays(self._recorder.record, PASSES_KEPT)
 
     def clear(self) -> None:
-        """Forget all recordings: their memory is needed. A failed one leaves its pool unusable."""
+        """Forget all recordings: their memory is needed."""
         self.record(self._replays is not None)
 
     def _run(self, direction: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

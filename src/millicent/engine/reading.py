@@ -99,6 +99,7 @@ class Reader:
         check_config(self._config)
         self.device = _device_of(text_encoder.network)
         self.replays: Replays | None = None
+        self._recorder: GraphRecorder | None = None
         self.record(uses_graphs)
         pictures, openings = int(budget_bytes * _PICTURES_SHARE), int(budget_bytes * _OPENINGS_SHARE)
         self.pictures = ByteBudgetCache[str, Picture](pictures)
@@ -110,14 +111,17 @@ class Reader:
 
     def record(self, records: bool) -> None:
         """Whether what comes again is recorded as graphs from now on; on a CUDA device alone."""
-        records = records and self.device.type == "cuda"
-        self.replays = Replays(GraphRecorder(self.device).record, _KEPT_GRAPHS) if records else None
+        self.replays = None
+        if records and self.device.type == "cuda":
+            self._recorder = self._recorder or GraphRecorder(self.device)
+            self._recorder.open_pool()
+            self.replays = Replays(self._recorder.record, _KEPT_GRAPHS)
 
     def clear(self) -> None:
         """Forget everything: the weights have changed, or the memory is needed."""
         for cache in (self.pictures, self.openings, self.embeddings):
             cache.clear()
-        self.record(self.replays is not None)  # a failed recording leaves its pool unusable
+        self.record(self.replays is not None)
 
     @torch.no_grad()
     def read(self, prompt: str, images: Sequence[Image.Image]) -> Tensor:

@@ -19,6 +19,7 @@ what lies beside each other would add up (waves.py).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import sys
 import threading
@@ -296,8 +297,7 @@ class Stages:
         device = self._model.device
         if device.type == "cuda":
             self._drawing = torch.cuda.current_stream(device)
-            # short work before long: the next drawing must not wait for it
-            self._edges = torch.cuda.Stream(device, priority=-1)
+            self._edges = _stream_of_edges(device)
             self._edges.wait_stream(self._drawing)
 
     def join_streams(self) -> None:
@@ -317,6 +317,12 @@ class Stages:
             return error
         before, self._ended = self._ended, now
         return dataclasses.replace(result, elapsed_s=now - before)
+
+
+@functools.cache
+def _stream_of_edges(device: torch.device) -> torch.cuda.Stream:
+    """One for all runs on a card: of each stream that ever was PyTorch's allocator keeps memory, and cuBLAS a workspace."""
+    return torch.cuda.Stream(device, priority=-1)  # short work before long: the next drawing must not wait for it
 
 
 def draw_stream(stages: Stages, edits: Iterator[Edit]) -> Generator[Outcome, None, Edit | None]:
