@@ -188,6 +188,7 @@ def test_a_wave_is_as_large_as_its_exchange_asks_and_the_host_holds() -> None:
     # 0.5 s of exchange, and edits of 2 s: 1 % of 25 pictures
     assert wave_of(10 * GB, 20, 2.0, roomy) == 25
     assert wave_of(0, 20, 2.0, roomy) == 1
+    assert wave_of(0, 20, 2.0, roomy, 3) == 3
     assert wave_of(10 * GB, 20, None, roomy) == USUAL_WAVE
     assert wave_of(10 * GB, 1, 0.5, 10**15) == MOST_OF_A_WAVE
     assert wave_of(10 * GB, 20, 2.0, 40 * WAVE_PICTURE_BYTES) == 10

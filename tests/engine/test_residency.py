@@ -190,7 +190,7 @@ def test_runs_out_of_memory_once_and_draws_with_less(monkeypatch: pytest.MonkeyP
         tries.append(model.residency and model.residency.in_turn)
         return [image.tobytes() for image in editor.edit(request).images]
 
-    drawn = pressure.once_more_with_less(model, MachineError("The memory is too small.", "Use less."), edit)
+    drawn = pressure.once_more_with_less(model, make_requests()[0], MachineError("The memory is too small.", "Use less."), edit)
     assert drawn == list(wanted("bf16", False))[:1]
     assert tries == [True]
     assert "on the card in turn" in caplog.text
@@ -207,7 +207,7 @@ def test_comes_back_to_the_former_placement_where_less_is_not_enough(monkeypatch
         raise MachineError("It is too small again.", "Use less.") from torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(MachineError, match="again"):
-        pressure.once_more_with_less(model, MachineError("It is too small.", "Use less."), fail)
+        pressure.once_more_with_less(model, make_requests()[0], MachineError("It is too small.", "Use less."), fail)
     assert model.residency.placement == before
     assert not model.residency.in_turn
     copied = model.residency.copied_bytes
@@ -227,7 +227,7 @@ def test_what_fails_for_another_reason_with_less_leaves_it_at_that(monkeypatch: 
         raise MachineError("It is too small.", "Use less.") from torch.OutOfMemoryError("CUDA out of memory")
     except MachineError as error:
         with pytest.raises(MachineError, match="else"):
-            pressure.once_more_with_less(model, error, fail)
+            pressure.once_more_with_less(model, make_requests()[0], error, fail)
     assert model.residency is not None
     assert model.residency.placement == lower
 
@@ -242,14 +242,14 @@ def test_what_an_open_model_has_on_the_host_is_not_asked_for_again(monkeypatch: 
     for missing, fits in ((0, True), (1, False)):
         memory = SimpleNamespace(available_bytes=slabs - missing)
         monkeypatch.setattr(pressure, "read_memory", lambda memory=memory: memory)
-        assert (pressure._lower(model, model.residency) is not None) == fits
+        assert (pressure._lower(model, model.residency, make_requests()[0]) is not None) == fits
 
 
 def test_says_the_first_error_where_nothing_less_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(make_plan(), 0.0)
     monkeypatch.setattr(pressure, "_lower", lambda *_: None)
     with pytest.raises(MachineError, match="too small"):
-        pressure.once_more_with_less(model, MachineError("It is too small.", "Use less."), lambda: None)
+        pressure.once_more_with_less(model, make_requests()[0], MachineError("It is too small.", "Use less."), lambda: None)
 
 
 def test_two_models_of_one_host_share_their_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_all_is_of_one_placement_where_there_is_no_memory_for_its_arena(monkeypa
     monkeypatch.setattr(pressure, "_lower", lambda *_: lower)
     monkeypatch.setattr(Residency, "settle", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(MachineError, match="too small"):
-        pressure.once_more_with_less(model, MachineError("It is too small.", "Use less."), lambda: None)
+        pressure.once_more_with_less(model, make_requests()[0], MachineError("It is too small.", "Use less."), lambda: None)
     assert lower.abreast > 1
     assert (model.fast.network.abreast, model.fast.modulation.keeps_on_host) == (lower.abreast, True)
     monkeypatch.undo()

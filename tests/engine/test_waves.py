@@ -142,7 +142,7 @@ def test_what_fails_for_memory_once_is_done_again_and_what_always_does_is_told(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return right(first, model, third, fourth, *rest)
 
-    def nothing_can_go(model: Any, error: MillicentError, work: Any) -> None:
+    def nothing_can_go(model: Any, request: EditRequest, error: MillicentError, work: Any) -> None:
         raise error
 
     monkeypatch.setattr(home, stage, fails)
@@ -172,7 +172,7 @@ def test_a_run_that_finds_memory_short_goes_on_in_waves(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return right(first, model, third, fourth, *rest)
 
-    def go_lower(model: Any, error: MillicentError, work: Callable[[], None]) -> None:
+    def go_lower(model: Any, request: EditRequest, error: MillicentError, work: Callable[[], None]) -> None:
         residency.in_turn = True
         work()
 

@@ -8,6 +8,10 @@ GIB = 1 << 30
 MEMINFO = f"MemTotal:  {500 * GIB // 1024} kB\nMemFree:  {10 * GIB // 1024} kB\nMemAvailable:  {400 * GIB // 1024} kB\n"
 
 
+# of the group itself, and with those below it
+STAT_OF_V1 = f"inactive_file 1\nactive_file 1\ntotal_inactive_file {GIB // 4}\ntotal_active_file {GIB // 4 * 3}\n"
+
+
 def lay(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         path = root / name
@@ -16,11 +20,11 @@ def lay(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def v2(folder: str, limit: str, current: int, inactive: int = 0) -> dict[str, str]:
+def v2(folder: str, limit: str, current: int, inactive: int = 0, active: int = 0) -> dict[str, str]:
     return {
         f"{folder}/memory.max": f"{limit}\n",
         f"{folder}/memory.current": f"{current}\n",
-        f"{folder}/memory.stat": f"anon 1\ninactive_file {inactive}\nactive_file 5\n",
+        f"{folder}/memory.stat": f"anon 1\nshmem 9\nactive_anon 9\ninactive_file {inactive}\nactive_file {active}\n",
     }
 
 
@@ -30,7 +34,7 @@ def test_a_host_without_limits_has_what_is_available(tmp_path: Path) -> None:
 
 
 def test_a_container_has_its_limit_and_cache_counts_as_free(tmp_path: Path) -> None:
-    files = {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n"} | v2("sys/fs/cgroup", str(8 * GIB), 5 * GIB, 2 * GIB)
+    files = {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n"} | v2("sys/fs/cgroup", str(8 * GIB), 6 * GIB, 2 * GIB, GIB)
     memory = read_memory(lay(tmp_path, files))
     assert (memory.limit_bytes, memory.available_bytes) == (8 * GIB, 5 * GIB)
 
@@ -57,7 +61,7 @@ def test_version_1_writes_a_huge_number_for_no_limit(tmp_path: Path) -> None:
         f"{folder}/memory.usage_in_bytes": f"{GIB}\n",
     }
     assert read_memory(lay(tmp_path, files)).limit_bytes is None
-    files |= {f"{folder}/memory.limit_in_bytes": f"{8 * GIB}\n", f"{folder}/memory.stat": f"total_inactive_file {GIB}\n"}
+    files |= {f"{folder}/memory.limit_in_bytes": f"{8 * GIB}\n", f"{folder}/memory.stat": STAT_OF_V1}
     memory = read_memory(lay(tmp_path, files))
     assert (memory.limit_bytes, memory.available_bytes) == (8 * GIB, 8 * GIB)
 

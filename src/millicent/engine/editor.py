@@ -150,8 +150,8 @@ class Editor:
             if not failures.is_out_of_memory(error, handled):
                 raise
             if kept:  # of earlier edits; it has gone now
-                return pressure.once_more(self._model, draw)
-            return pressure.once_more_with_less(self._model, error, draw)
+                return pressure.once_more(self._model, request, draw)
+            return pressure.once_more_with_less(self._model, request, error, draw)
 
     def _draw(self, request: EditRequest, on_progress: OnProgress | None) -> EditResult:
         import torch

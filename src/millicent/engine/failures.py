@@ -22,8 +22,11 @@ from millicent.engine.planner import FORMAT_BYTES, TENSOR_CORES, Capability
 from millicent.engine.settings import Format
 from millicent.errors import MachineError, MillicentError
 
-# the CUDA runtime's, the driver's, cuBLAS's and cuDNN's words
+# the CUDA runtime's, the driver's, Triton's, which loads its kernels by itself, cuBLAS's and cuDNN's words; and PyTorch's where it
+# would have told that memory ran out, and the driver does not say of whom, as for a slice of a card (pytorch issue 112377)
 _MEMORY_WORDS = (
+    "Triton Error [CUDA]: out of memory",
+    "NVML_SUCCESS == r INTERNAL ASSERT FAILED",
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",
     "CUDA_ERROR_OUT_OF_MEMORY",

@@ -12,7 +12,7 @@ from millicent.engine.fast_vae import CapturedVAE
 from millicent.engine.host_memory import shared_bytes
 from millicent.engine.laying_out import take_all
 from millicent.engine.machine_plan import wave_for, weigh_plan
-from millicent.engine.placement import Placement, place
+from millicent.engine.placement import Placement, place, place_on_card
 from millicent.engine.planner import Plan
 from millicent.engine.weighing import CONTEXT_BYTES, Components
 from millicent.facts.models import ModelCard
@@ -45,9 +45,10 @@ def usual_work(card: ModelCard) -> Workload:
     )
 
 
-def free_bytes(device: torch.device, limit_bytes: int | None = None) -> int:
-    """Of the card, with what this process has taken so far and its context."""
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + CONTEXT_BYTES
+def free_bytes(device: torch.device, limit_bytes: int | None = None, placed_bytes: int = 0) -> int:
+    """Of the card, with this process's context, and what its allocator has idle. placed_bytes: taken by what is to be placed."""
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + idle + placed_bytes + CONTEXT_BYTES
     return free if limit_bytes is None else min(free, limit_bytes)
 
 
@@ -67,10 +68,12 @@ def choose_placement(
 
     Raises MachineError for a card or a host that is too small.
     """
-    parts = weigh_model(sizes, usual_work(card), plan, device)
-    # what another process holds of these very weights need not be there twice
-    host_bytes = read_memory().available_bytes + (0 if shared_as is None else shared_bytes(shared_as))
-    return place(parts, free_bytes(device, limit_bytes), host_bytes)
+    parts, free = weigh_model(sizes, usual_work(card), plan, device), free_bytes(device, limit_bytes)
+    host_bytes = read_memory().available_bytes
+    if shared_as is not None and place_on_card(parts, free).in_turn:
+        # what another process holds of these very weights need not be there twice
+        host_bytes += shared_bytes(shared_as)
+    return place(parts, free, host_bytes)
 
 
 def carry_out(model: Model, placement: Placement) -> None:

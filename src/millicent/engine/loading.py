@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,10 +172,11 @@ def load_model(
     if plan is None or device.type != "cuda":
         check_memory([parts[network] for network in NETWORKS], keep_codes, dtype, device, plan)
     else:  # before anything is read
+        gc.collect()  # the parts of a model that was let go name each other, and lie on the card until they are found
         shared_as = _name_layers(parts, [*((lora, 1.0) for lora in own), *loras], plan, dtype)
         placement = choose_placement(read_sizes(path), card, plan, device, limit_bytes, shared_as)
         expanded = {network: expanded_bytes(parts[network], keep_codes or network == "text_encoder", dtype) for network in NETWORKS}
-        waiting_bytes = placement.needed_host_bytes - shared_bytes(shared_as)
+        waiting_bytes = placement.needed_host_bytes - (shared_bytes(shared_as) if placement.in_turn else 0)
         if any(expanded.values()):
             check_host(waiting_bytes + sum(expanded.values()), "Multiplying out this model's weights")
 
@@ -372,7 +374,7 @@ def choose_device(name: str) -> torch.device:
     """ "auto" is the GPU where there is one. Raises InputError for no device at all, MachineError for an absent one."""
     has_gpu = torch.cuda.is_available()
     if name == "auto":
-        return torch.device("cuda" if has_gpu else "cpu")
+        name = "cuda" if has_gpu else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -381,6 +383,8 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"The device is {name!r}.", "Use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (not has_gpu or (device.index or 0) >= torch.cuda.device_count()):
         raise MachineError(f"This machine has no device {name}.", "Use cpu, or a machine with an NVIDIA GPU.")
+    if device.type == "cuda" and device.index is None:  # the current one is each thread's own, and may be another later
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -192,7 +192,7 @@ class _Asked:
         placement = place(components, self.free_bytes, self.host_bytes)
         link = link_of(self.card)
         edit_s = row_seconds(time_edit(self.model, self.work, self.gpu, formats, placement, link))
-        wave = wave_of(placement.exchanged_bytes, link, edit_s, self.host_bytes - placement.needed_host_bytes)
+        wave = wave_of(placement.exchanged_bytes, link, edit_s, self.host_bytes - placement.needed_host_bytes, placement.abreast)
         stages = time_edit(self.model, self.work, self.gpu, formats, placement, link, wave)
         by_itself = time_edit(self.model, self.work, self.gpu, formats, placement, link, pictures=1)
         alone = sum(each.seconds for each in by_itself.values()) + placement.exchanged_bytes / (1e9 * link)
@@ -274,14 +274,15 @@ def _draw(model: ModelSizes, work: Workload, formats: Plan, placement: Placement
     )
 
 
-def wave_of(exchanged_bytes: int, link_gb_per_s: float, seconds: float | None, host_free_bytes: int) -> int:
-    """How many pictures share an exchange: so many that it costs no more than WAVE_SHARE of their time; 1 where there is none.
+def wave_of(exchanged_bytes: int, link_gb_per_s: float, seconds: float | None, host_free_bytes: int, abreast: int = 1) -> int:
+    """How many pictures share an exchange: so many that it costs no more than WAVE_SHARE of their time.
 
     seconds: of one picture without it; None where they are not known. host_free_bytes: of the host's memory, beside the weights
-    that wait there. Never more than the host has room for, nor than MOST_OF_A_WAVE.
+    that wait there. abreast: how many are drawn together, which is the answer where there is no exchange. Never more than the host
+    has room for, nor than MOST_OF_A_WAVE.
     """
     if not exchanged_bytes:
-        return 1
+        return abreast
     wanted = USUAL_WAVE if seconds is None else math.ceil(exchanged_bytes / (1e9 * link_gb_per_s) / (WAVE_SHARE * seconds))
     return max(1, min(wanted, MOST_OF_A_WAVE, int(WAVE_HOST_SHARE * host_free_bytes) // WAVE_PICTURE_BYTES))
 
@@ -299,7 +300,7 @@ def wave_for(
     gpu, work = identify(card_name, capability, memory_mib), Workload()
     link = link_gb_per_s(gpu.pcie_generation, gpu.pcie_lanes) if gpu else link_gb_per_s(None, None)
     seconds = row_seconds(time_edit(model, work, gpu, formats, placement, link))
-    return wave_of(placement.exchanged_bytes, link, seconds, host_free_bytes)
+    return wave_of(placement.exchanged_bytes, link, seconds, host_free_bytes, placement.abreast)
 
 
 def capability_of(card: Card, gpu: Gpu | None) -> Capability | None:

@@ -92,7 +92,8 @@ def _judge(
     """How much longer an edit takes for what is streamed; and what is told of waves."""
     link = link_of(card)
     seconds = row_seconds(time_edit(of.model, of.work, gpu, formats, placement, link))
-    wave = wave_of(placement.exchanged_bytes, link, seconds, machine.ram_available_bytes - placement.needed_host_bytes)
+    host_free = machine.ram_available_bytes - placement.needed_host_bytes
+    wave = wave_of(placement.exchanged_bytes, link, seconds, host_free, placement.abreast)
     slower = slowdown(of.model, of.work, gpu, formats, placement, link) if placement.streams else 1.0
     return slower, tell_wave(placement, link, seconds, wave)
 

@@ -28,6 +28,7 @@ from millicent.engine.sampler import base_sigmas, lightning_sigmas
 from millicent.errors import CheckpointError, InputError, SizeError
 from millicent.facts.models import ModelCard
 from millicent.images import fit_to, flatten
+from millicent.model.sizes import Workload
 
 _MAX_ASPECT = 200  # Qwen2-VL's image processor takes no longer ones
 _DRAWN_SEEDS = 2**32  # a random seed is short enough to type again
@@ -116,6 +117,25 @@ def settle(request: EditRequest, model: Model, height: int, width: int) -> Cours
         schedule=schedule,
         true_cfg=true_cfg,
         negative_prompt=negative_prompt if true_cfg > 1 else None,
+    )
+
+
+def weigh_request(request: EditRequest, model: Model) -> Workload:
+    """What it comes to, by its sizes. Of a request that has been prepared, which raises nothing."""
+    card, encoder = model.card, model.text_encoder
+    height, width = drawn_size(request, card, model.pixels_per_token)
+    course = settle(request, model, height, width)
+    texts = [request.prompt, *([] if course.negative_prompt is None else [course.negative_prompt])]
+    tokens = max(len(encoder.tokenize(encoder.fill_template(text, len(request.images)))) for text in texts)
+    return Workload(
+        width=width,
+        height=height,
+        references=len(request.images),
+        steps=course.steps,
+        reference_px=card.vae_area_px,
+        encoder_px=card.encoder_area_px,
+        prompt_tokens=tokens - encoder.prefix_tokens,
+        guided=course.negative_prompt is not None,
     )
 
 

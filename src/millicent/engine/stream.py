@@ -169,7 +169,7 @@ class Stages:
                 if not failures.is_out_of_memory(error, handled):
                     raise
                 # recovery has waited for all other work on the card
-                once_more(self._model, work_guarded)
+                once_more(self._model, edit.request, work_guarded)
         except MillicentError as error:
             edit.error = error
         except _Cancelled:

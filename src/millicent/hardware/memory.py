@@ -51,20 +51,21 @@ def _read_groups(root: Path) -> Iterator[Group]:
     for line in (_read_text(root / "proc/self/cgroup") or "0::/").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            yield from _read_upwards(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file")
+            yield from _read_upwards(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "")
         elif "memory" in controllers.split(","):
             folder = root / "sys/fs/cgroup/memory"
-            yield from _read_upwards(folder, path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            yield from _read_upwards(folder, path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 
 
-def _read_upwards(folder: Path, path: str, limit_file: str, used_file: str, cache_key: str) -> Iterator[Group]:
+def _read_upwards(folder: Path, path: str, limit_file: str, used_file: str, prefix: str) -> Iterator[Group]:
     below = folder / path.lstrip("/")
     # in a container the path may be the host's, of which the container sees the root alone
     for group in (below, *(each for each in below.parents if each.is_relative_to(folder))):
         limit, used = _read_number(group / limit_file), _read_number(group / used_file)
         if limit is not None and used is not None:
-            cache = re.search(rf"^{cache_key} (\d+)$", _read_text(group / "memory.stat") or "", re.MULTILINE)
-            yield Group(limit, limit - used + (int(cache[1]) if cache else 0))
+            # files that are mapped, as weights are, count as active once they have been read; memory without a file is in neither
+            cache = re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", _read_text(group / "memory.stat") or "", re.MULTILINE)
+            yield Group(limit, limit - used + sum(map(int, cache)))
 
 
 def _read_number(path: Path) -> int | None:
