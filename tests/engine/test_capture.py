@@ -1,10 +1,16 @@
 """When work is recorded, and what is kept; the recordings themselves are tests/gpu's."""
 
+import contextlib
+import gc
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import Tensor
 
-from millicent.engine.capture import Replay, Replays, Tensors, Work
+from millicent.engine.capture import Replay, Replays, Tensors, Work, recording
 
 
 class Recorder:
@@ -85,3 +91,31 @@ def test_a_recording_that_fails_is_not_kept() -> None:
     with pytest.raises(RuntimeError, match="no memory"):
         ask(replays, 3)
     assert len(replays) == 0
+
+
+class CannotBeEndedError(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_garbage_is_collected_while_something_is_recorded(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Nor is the recording's stream left current, or its pool open, by one that fails."""
+
+    @contextlib.contextmanager
+    def graph(*_: object, **named: Any) -> Iterator[None]:
+        assert named["capture_error_mode"] == "thread_local"
+        yield
+        if fails:
+            raise CannotBeEndedError
+
+    before, back, ended = object(), Mock(), Mock(side_effect=RuntimeError("not currently recording"))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: before)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_stream", back)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
+    made: Any = object()
+    with pytest.raises(CannotBeEndedError) if fails else contextlib.nullcontext(), recording(made, (0, 7), None):
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert [one.call_args for one in (back, ended)] == ([((before,),), ((1, (0, 7)),)] if fails else [None, None])

@@ -21,7 +21,7 @@ from conftest import draw_picture
 from millicent.edits import EditRequest
 from millicent.engine import loading, pressure
 from millicent.engine.editor import Editor
-from millicent.engine.failures import Place, explain, guarded, is_out_of_memory
+from millicent.engine.failures import Place, alone, explain, guarded, is_out_of_memory
 from millicent.engine.settings import Settings
 from millicent.engine.transformer import Drawing
 from millicent.errors import InputError, MachineError, MillicentError
@@ -233,6 +233,19 @@ def test_another_failure_in_a_handler_of_the_first_gives_nothing_up(tiny_folder:
         (refused,) = editor.edit_many([EditRequest(images=REQUEST.images, prompt="<|im_end|>")])
         assert isinstance(refused, InputError)
     given_up.assert_not_called()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_edit_by_itself_leaves_no_work_behind_where_it_fails(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Between two results of edit_many it shares buffers with that one's streams, which do not wait for it."""
+    waited = Mock()
+    monkeypatch.setattr(torch.cuda, "synchronize", waited)
+    model: Any = SimpleNamespace(device=torch.device("cuda", 1))
+    with pytest.raises(InputError) if fails else contextlib.nullcontext(), alone(model):
+        waited.assert_called_once_with(model.device)
+        if fails:
+            raise InputError("The negative prompt is too long.", "Shorten it.")
+    assert waited.call_count == (2 if fails else 1)
 
 
 def test_the_models_card_is_the_current_one_while_it_works(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from millicent import demo
 from millicent.edits import EditRequest, EditResult
-from millicent.engine import fitting, pressure
+from millicent.engine import fitting, pipeline, pressure
 from millicent.engine.editor import Editor, find_model
 from millicent.engine.loading import Model, load_model, speed_up_model
 from millicent.engine.placement import Placement, place_on_card
@@ -243,6 +243,45 @@ def test_what_an_open_model_has_on_the_host_is_not_asked_for_again(monkeypatch: 
         memory = SimpleNamespace(available_bytes=slabs - missing)
         monkeypatch.setattr(pressure, "read_memory", lambda memory=memory: memory)
         assert (pressure._lower(model, model.residency, make_requests()[0]) is not None) == fits
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6])
+@pytest.mark.parametrize("missing", [0, 3 << 20])
+def test_less_is_as_much_as_the_request_leaves_room_for(monkeypatch: pytest.MonkeyPatch, share: float, missing: int) -> None:
+    """missing: of what the request takes beside the weights that lie there, as where another program has taken some."""
+    step, chosen = 1 << 18, make_plan(reuse=True)
+    model = load(chosen, share)
+    assert model.residency is not None
+    request = dataclasses.replace(
+        make_requests()[0], images=(make_requests()[0].images[0],) * 2, true_cfg=3.0, negative_prompt="blur"
+    )
+    work = pipeline.weigh_request(request, model)
+    assert (work.references, work.steps, work.guided) == (2, 2, True)
+    parts, usual = fitting.weigh_model(fitting.sizes_of(model), work, chosen, CPU), weigh(model, chosen)
+    assert parts.kept == 4 * usual.kept
+    now = model.residency.placement
+    taken = parts.beside() + (now.arena_bytes if now.in_turn else parts.transformer + parts.text_encoder)
+    monkeypatch.setattr(pressure, "_STEP_BYTES", step)
+    for free, left in ((taken - missing, taken - missing - step), (1 << 62, taken - step)):
+        monkeypatch.setattr(pressure, "free_bytes", lambda *_, free=free: free)
+        lower = pressure._lower(model, model.residency, request)
+        assert lower == place_on_card(parts, left)
+    monkeypatch.setattr(pressure, "free_bytes", lambda *_: parts.least)
+    assert pressure._lower(model, model.residency, request) is None
+
+
+def test_a_request_weighs_what_is_read_of_it() -> None:
+    model = load(make_plan(), 1.0)
+    for request in MIXED:
+        prepared = pipeline.prepare(request, model)
+        work = pipeline.weigh_request(request, model)
+        course = pipeline.settle(request, model, prepared.height, prepared.width)
+        told = pipeline.encode(prepared, model, request.prompt, course.negative_prompt)
+        assert (work.width, work.height) == (prepared.width, prepared.height)
+        assert work.forwards == (1 if told.negative is None else 2)
+        longest = max(text.shape[1] for text in (told.positive, told.negative) if text is not None)
+        # each picture stands for the tokens of a square one, beside the one that stands for it in the template
+        assert abs(work.text_tokens - longest) <= 0.2 * longest + len(request.images)
 
 
 def test_says_the_first_error_where_nothing_less_can_be(monkeypatch: pytest.MonkeyPatch) -> None:

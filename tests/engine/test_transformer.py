@@ -6,11 +6,15 @@ import dataclasses
 import functools
 import gc
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import draw_picture
 
+from millicent.edits import EditRequest
+from millicent.engine.editor import Editor
 from millicent.engine.laying_out import lay_out
 from millicent.engine.planner import Plan, plan
 from millicent.engine.settings import Format, Settings
@@ -130,6 +134,17 @@ def test_prompts_of_two_lengths_share_where_references_are_kept() -> None:
         drawing = fast.network.start(inputs[1], inputs[2], shapes, mods)
         drawn.append([drawing.step(inputs[0], row) for row in (0, 1)])
     assert all(torch.equal(first, again) for first, again in zip(drawn[0], drawn[2], strict=True))
+
+
+def test_a_drawing_that_has_ended_keeps_no_table(tiny_folder: Path) -> None:
+    editor = Editor.open(tiny_folder, device="cpu", settings=Settings(format="bf16"))
+    images = (draw_picture(100, 150),)
+    for steps in (1, 2):
+        editor.edit(EditRequest(images=images, prompt="navy", seed=5, steps=steps, true_cfg=3.0, negative_prompt="blur"))
+    assert editor._model.fast is not None
+    drawings = editor._model.fast.network._drawings
+    assert len(drawings) == 2
+    assert all(drawing.table is None for drawing in drawings.values())
 
 
 def test_graphs_get_another_pool_once_the_last_of_one_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ def test_what_lies_beside_the_arena_is_in_pages() -> None:
         for segment in torch.cuda.memory_snapshot()
         if segment["address"] <= piece.data_ptr() < segment["address"] + segment["total_size"]
     )
-    assert found["is_expandable"]
+    assert found["is_expandable"] == (torch.cuda.device_count() == 1)
 
 
 def test_slabs_are_page_locked_until_they_are_closed_or_the_model_goes() -> None:

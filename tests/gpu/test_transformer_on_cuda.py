@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffusers
 import pytest
@@ -224,6 +225,39 @@ def test_another_shape_is_recorded_when_the_last_graph_has_gone(
     for number, (run, _) in enumerate(runs):
         wanted, _ = runs[3 if 3 <= number < 6 else 0]
         assert all(torch.equal(found, each) for found, each in zip(run, wanted, strict=True))
+
+
+class WaitsAsItGoes:
+    """As a model does that was let go, and whose parts name each other."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def test_garbage_that_waits_for_the_card_ends_no_recording(
+    monkeypatch: pytest.MonkeyPatch, peer: diffusers.QwenImageTransformer2DModel, inputs: Inputs
+) -> None:
+    laid_out, project = fast(peer, Settings()), Drawing._project
+    expected = start(laid_out, inputs).step(inputs.latents, 0)
+
+    def project_beside_garbage(self: Drawing, *rest: Any) -> Tensor:
+        WaitsAsItGoes()
+        return project(self, *rest)
+
+    monkeypatch.setattr(Drawing, "_project", project_beside_garbage)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        drawing = start(laid_out, inputs)
+        found = [drawing.step(inputs.latents, 0) for _ in range(2)]
+    finally:
+        gc.set_threshold(*thresholds)
+    assert drawing.graphs
+    assert all(torch.equal(each, expected) for each in found)
 
 
 @torch.inference_mode()

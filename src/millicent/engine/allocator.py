@@ -28,9 +28,10 @@ def let_segments_grow(device: torch.device) -> None:
     """Have it map pages where it needs them, so that little is lost between its pieces: PyTorch's expandable segments.
 
     Settings of the user's own stay. Pieces stay of fixed sizes where the driver maps no pages, as for some virtual cards, which the
-    log tells of; on Windows, for which PyTorch has none; and under WSL, whose driver fails when many are mapped.
+    log tells of; on Windows, for which PyTorch has none; under WSL, whose driver fails when many are mapped; and where this process
+    sees several cards, as emptying the allocator then takes pages from work that is still under way (pytorch issue 196258).
     """
-    if sys.platform == "win32" or _is_wsl() or any(os.environ.get(name) for name in _USERS_OWN):
+    if sys.platform == "win32" or _is_wsl() or torch.cuda.device_count() > 1 or any(os.environ.get(name) for name in _USERS_OWN):
         return
     _set("expandable_segments:True")
     try:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +18,7 @@ Work = Callable[..., Tensors]
 Replay = Callable[..., Tensors]
 Record = Callable[[Work, Tensors], Replay]
 
+_ONE_AT_A_TIME = threading.RLock()
 # keys that came once: a catalog's photos have some dozens of shapes
 _KEYS_KNOWN = 64
 
@@ -77,6 +82,38 @@ class Graph:
         return tuple(result.clone() for result in self.made)
 
 
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """What this thread gives the card within goes into a graph, on a stream of its own, with its memory in a pool.
+
+    Other threads may go on using the card meanwhile; of ours one records at a time. No garbage is collected within: some of it
+    waits for the card as it goes, and that ends a recording. After a failure the current stream is the former one again, and the
+    pool takes no more recordings.
+    """
+    before = torch.cuda.current_stream()
+    with _ONE_AT_A_TIME, _nothing_collected():
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                yield
+        except BaseException:
+            torch.cuda.set_stream(before)
+            # where it could not be ended its pool is being filled for good, and PyTorch lets go of nothing that other streams used
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            raise
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class GraphRecorder:
     """Records work on one CUDA device, on a stream of its own.
 
@@ -96,9 +133,13 @@ class GraphRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Work, inputs: Tensors) -> Graph:
-        """Raises RuntimeError where it does not fit into memory; a recording that could not be ended leaves its stream current."""
+        """Raises RuntimeError where it does not fit into memory."""
         with torch.cuda.device(self._device):
-            return self._capture(work, inputs)
+            try:
+                return self._capture(work, inputs)
+            except BaseException:
+                self.open_pool()
+                raise
 
     def _capture(self, work: Work, inputs: Tensors) -> Graph:
         fed = _make_places(inputs, torch.contiguous_format)
@@ -111,8 +152,7 @@ class GraphRecorder:
         self._stream.synchronize()
         torch.cuda.empty_cache()  # what that left is of no use to the recording, which allocates in its pool
         graph = torch.cuda.CUDAGraph()
-        # other threads may go on using the card meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with recording(graph, self._pool, self._stream):
             _put(made, work(*fed))
         torch.cuda.current_stream().wait_stream(self._stream)
         return Graph(graph, work, fed, made)

@@ -149,6 +149,9 @@ def _draw_rows(rows: Sequence[_Row], network: FastMMDiT, on_step: OnStep | None)
         velocities = iter(network.step([one for row in going for one in row.asks(step)]))
         for row in going:
             row.take([next(velocities) for _ in row.drawings])
+    for row in rows:
+        for one in row.drawings:
+            one.end()
     return [row.latents for row in rows]
 
 

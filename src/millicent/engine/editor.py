@@ -161,10 +161,7 @@ class Editor:
 
         model = self._model
         watch = Watch(on_progress, model.device)
-        with failures.guarded(model), torch.inference_mode():
-            if model.device.type == "cuda":
-                # between two results of edit_many its streams are at work, with memory that passes share
-                torch.cuda.synchronize(model.device)
+        with failures.guarded(model), failures.alone(model), torch.inference_mode():
             with watch.stage("prepare"):
                 prepared = pipeline.prepare(request, model)
                 course = pipeline.settle(request, model, prepared.height, prepared.width)

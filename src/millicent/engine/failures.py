@@ -6,6 +6,7 @@ told apart by class where there is one, and else by the words that the libraries
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import traceback
@@ -88,6 +89,18 @@ def guarded(model: Model) -> Iterator[None]:
         raise told from error
 
 
+@contextmanager
+def alone(model: Model) -> Iterator[None]:
+    """An edit between two results of edit_many, whose streams it shares buffers with: none works before, nor after a failure."""
+    wait = functools.partial(torch.cuda.synchronize, model.device) if model.device.type == "cuda" else (lambda: None)
+    wait()
+    try:
+        yield
+    except BaseException:
+        wait()
+        raise
+
+
 def explain(error: BaseException, place: Place, handled: BaseException | None = None) -> MillicentError | None:
     """The error as a user should read it; None for what is neither memory's nor a kernel's failure.
 
@@ -120,8 +133,13 @@ def keeps_something(model: Model) -> bool:
 def recover(model: Model, error: BaseException, outside: torch.cuda.Stream | None) -> None:
     """Drop what was kept for later edits, and what the failed one left.
 
-    outside: the stream that was current before; a capture that could not be ended leaves its own behind.
+    outside: the stream that was current before.
     """
+    with current(model.device):
+        _recover(model, error, outside)
+
+
+def _recover(model: Model, error: BaseException, outside: torch.cuda.Stream | None) -> None:
     if outside is not None:
         torch.cuda.set_stream(outside)
         torch.cuda.synchronize(model.device)  # other streams may still read what goes now

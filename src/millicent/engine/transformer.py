@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from millicent.engine.blocks import FastBlock, Half, MakeLinear, Mods, RowLinear, make_block
+from millicent.engine.capture import recording
 from millicent.engine.layer_stack import Stack
 from millicent.kernels import Bounds, Kernels, KeysValues, Rows, choose, choose_int8_attention
 from millicent.model.layers import Block, make_rope
@@ -148,6 +149,7 @@ class FastMMDiT:
 
     def _make_room(self, references: int, slot: int) -> None:
         """For the drawing of another shape."""
+        had_graphs = self.has_graphs
         # without graphs they are only memory; with guidance a picture has two
         while len(self._drawings) >= (_KEPT_SHAPES if self.uses_graphs else 2 * self.abreast):
             self._drawings.popitem(last=False)
@@ -155,6 +157,9 @@ class FastMMDiT:
             for key, drawing in list(self._drawings.items()):
                 if drawing.slot == slot and drawing.references != references:
                     del self._drawings[key]
+                    del drawing
+        if had_graphs and not self.has_graphs:  # PyTorch may give their pool's memory away at once, and the last may still run
+            torch.cuda.synchronize(self.device)
 
     def kept_rows(self, references: int, slot: int) -> Tensor:
         """Where drawings keep their references' keys and values (blocks, R, 2, H, d): 3 GB for 4096 tokens at true size.
@@ -237,10 +242,14 @@ class FastMMDiT:
     def open_pool(self) -> None:
         """Have a pool of memory for one more graph: that of those there are, as one picture is drawn after another.
 
-        A pool that has lost its last graph, or in which a capture has failed, takes no other.
+        A pool that has lost its last graph takes no other.
         """
-        if not any(drawing.graphs for drawing in self._drawings.values()):
+        if not self.has_graphs:
             self.graph_pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def has_graphs(self) -> bool:
+        return any(drawing.graphs for drawing in self._drawings.values())
 
 
 class Drawing:
@@ -261,6 +270,7 @@ class Drawing:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=network.dtype, device=network.device)
 
+        self.table: Mods | None = None
         self.latents = empty(self.target, config.in_channels)
         self.reference_rows, self.txt_rows = empty(self.references, config.dim), empty(txt_tokens, config.dim)
         self.mods, self.final = empty(config.num_layers, 3, 6, config.dim), empty(2, config.dim)
@@ -282,6 +292,10 @@ class Drawing:
         self.txt_rows.copy_(edges.txt_in(edges.txt_norm(txt[0])))
         self.table, self.holds_kept, self.begun = mods, False, self.begun + 1
 
+    def end(self) -> None:
+        """The picture is drawn. Of 40 steps a table is 266 MB at true size, and shapes are kept longer than schedules."""
+        self.table = None
+
     def step(self, latents: Tensor, row: int) -> Tensor:
         """The velocity (1, target, 64) of latents (1, target, 64), at the table's timestep number `row`."""
         self.feed(latents, row)
@@ -300,6 +314,7 @@ class Drawing:
 
     def feed(self, latents: Tensor, row: int) -> None:
         """What a step reads: as step's."""
+        assert self.table is not None
         self.latents.copy_(latents[0])
         self.mods.copy_(self.table.blocks[row], non_blocking=True)
         self.final.copy_(self.table.final[row], non_blocking=True)
@@ -312,11 +327,12 @@ class Drawing:
         self._forward(reuses, None)  # what is compiled, tuned or allocated at first use cannot be while a graph is captured
         torch.cuda.synchronize(self.network.device)
         self.network.open_pool()
-        # other threads may go on using the card meanwhile
-        with torch.cuda.graph(
-            graph, pool=self.network.graph_pool, stream=self.network.capturing, capture_error_mode="thread_local"
-        ):
-            self.drawn.copy_(self._forward(reuses, self._side))
+        try:
+            with recording(graph, self.network.graph_pool, self.network.capturing):
+                self.drawn.copy_(self._forward(reuses, self._side))
+        except BaseException:
+            self.network.graph_pool = torch.cuda.graph_pool_handle()
+            raise
         return graph
 
     @property
