@@ -55,6 +55,12 @@ def test_int8_is_not_taken_for_granted_on_newer_cards() -> None:
         plan(Settings(format="int8"), find_gpu("B300").capability, "B300")
 
 
+def test_8_bit_attention_is_refused_where_it_would_be_slower() -> None:
+    assert planned("B200", Settings(attention="int8")).attention == "int8"
+    with pytest.raises(MachineError, match="no faster than BF16"):
+        plan(Settings(attention="int8"), find_gpu("B300").capability, "B300")
+
+
 def test_the_plain_network_and_a_cpu_without_wishes_have_no_plan() -> None:
     assert plan(Settings(plain=True), (9, 0), "a card") is None
     assert plan(Settings(), None, "this CPU") is None

@@ -254,6 +254,25 @@ def test_fp8_refuses_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
         linear._choose_backend(torch.device("cuda"))
 
 
+@pytest.mark.parametrize("capability", [(10, 3), (12, 1)])
+@pytest.mark.parametrize(
+    ("version", "built_with", "wanted"),
+    [
+        ("2.9.1+cu130", "13.0", "triton"),
+        ("2.10.0", "12.8", "triton"),
+        ("2.10.0+cu129", "12.9", "torch"),
+        ("2.13.0", None, "triton"),
+    ],
+)
+def test_fp8_is_ours_where_torch_may_have_no_code_for_the_card(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], version: str, built_with: str | None, wanted: str
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", built_with)
+    assert fp8.default_backend(capability) == wanted
+    assert fp8.default_backend((10, 0)) == fp8.default_backend((12, 0)) == "torch"
+
+
 def test_fp8_refuses_cards_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MachineError, match=r"8\.9 or later; this card has 8\.6"):
         set_card(monkeypatch, (8, 6), "2.11.0")._choose_backend(torch.device("cuda"))

@@ -33,7 +33,17 @@ from triton.runtime.jit import JITFunction
 from millicent.kernels import attention, attention_codes, attention_kept, channel_norm, elementwise, matmul
 
 # the most shared memory of a block, in KiB: CUDA C++ programming guide, technical specifications per compute capability
-SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+SHARED_KIB = {
+    (8, 0): 163,
+    (8, 6): 99,
+    (8, 7): 163,
+    (8, 9): 99,
+    (9, 0): 227,
+    (10, 0): 227,
+    (10, 3): 227,
+    (12, 0): 99,
+    (12, 1): 99,
+}
 REGISTERS_PER_BLOCK = 65536
 # none of ours keeps anything there; a few registers put aside once cost nothing, those put aside in a loop are many more
 MOST_STACK_BYTES = 64

@@ -88,6 +88,12 @@ def _choose_encoder(transformer: Format, capability: Capability | None) -> tuple
 
 def _choose_attention(settings: Settings, capability: Capability | None, card: str) -> tuple[Backend, str]:
     if settings.attention == "int8":
+        if capability is not None and capability not in TENSOR_CORES["int8"]:
+            raise MachineError(
+                f"The tensor cores of {card} (compute capability {capability[0]}.{capability[1]}) multiply INT8 no faster than "
+                "BF16, and 8-bit attention is for speed alone.",
+                "Leave out --attention int8.",
+            )
         return "int8", "8-bit attention was asked for; it is an approximation"
     if capability is None:
         return "math", "exact attention in PyTorch"

@@ -23,6 +23,9 @@ MULTIPLE = 16
 ADA = (8, 9)
 # https://github.com/pytorch/pytorch/issues/177651
 FIRST_TORCH_THAT_RETURNS_ON_ADA = (2, 12)
+# where torch's product with scales per row is compiled for the card alone (sm_103a, sm_121a): https://github.com/pytorch/pytorch/pull/162956
+# and 167734. Without that code it fails in the midst of the kernel, or writes nothing
+COMPILED_ALONE, FIRST_TORCH_WITH_IT, FIRST_CUDA_WITH_IT = ((10, 3), (12, 1)), (2, 10), (12, 9)
 # with scales per row cuBLAS has none for few rows of many columns (https://github.com/pytorch/ao/issues/4582), and torch none for
 # some cards
 _NO_PRODUCT = ("CUBLAS_STATUS_NOT_SUPPORTED", "Rowwise scaling is not currently supported")
@@ -44,13 +47,21 @@ def check_sides(n: int, k: int, format_name: str) -> None:
 
 
 def default_backend(capability: tuple[int, int]) -> Backend:
-    """Who multiplies on a card of this compute capability: PyTorch, or our kernel where PyTorch's would hang."""
-    return "triton" if _hangs(capability) else "torch"
+    """Who multiplies on a card of this compute capability: PyTorch, or our kernel where PyTorch's would hang or may be missing."""
+    return "triton" if _hangs(capability) or _may_be_missing(capability) else "torch"
 
 
 def _hangs(capability: tuple[int, int]) -> bool:
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return capability == ADA and version < FIRST_TORCH_THAT_RETURNS_ON_ADA
+    return capability == ADA and _first_two(torch.__version__) < FIRST_TORCH_THAT_RETURNS_ON_ADA
+
+
+def _may_be_missing(capability: tuple[int, int]) -> bool:
+    built_with = _first_two(torch.version.cuda or "0.0")
+    return capability in COMPILED_ALONE and (_first_two(torch.__version__) < FIRST_TORCH_WITH_IT or built_with < FIRST_CUDA_WITH_IT)
+
+
+def _first_two(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 class FP8Linear(ScaledLinear):

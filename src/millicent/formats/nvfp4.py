@@ -8,6 +8,7 @@ run on a Blackwell card; the emulation is exact up to FP32's rounding and runs a
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -60,11 +61,17 @@ def dequantize(packed: Packed) -> Tensor:
 
 def _encode_e2m1(values: Tensor) -> Tensor:
     """FP32 (...) -> codes (...), uint8, 0 to 15: the nearest, and the largest for all beyond it."""
-    boundaries = torch.tensor(_BOUNDARIES, device=values.device)
-    below = torch.nextafter(boundaries, torch.zeros_like(boundaries))
-    ties_up = torch.isin(boundaries, torch.tensor(_TIES_UP, device=values.device))
-    magnitudes = torch.bucketize(values.abs(), torch.where(ties_up, below, boundaries))
+    magnitudes = torch.bucketize(values.abs(), _thresholds(values.device))
     return (magnitudes | values.signbit().long() << 3).to(torch.uint8)
+
+
+@functools.cache
+def _thresholds(device: torch.device) -> Tensor:
+    """Between the magnitudes; once for each device, as no CUDA graph can be recorded of what is copied from the host."""
+    with torch.inference_mode(False):
+        boundaries = torch.tensor(_BOUNDARIES)
+        below = torch.nextafter(boundaries, torch.zeros_like(boundaries))
+        return torch.where(torch.isin(boundaries, torch.tensor(_TIES_UP)), below, boundaries).to(device)
 
 
 class NVFP4Linear(nn.Module):
