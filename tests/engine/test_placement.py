@@ -485,3 +485,14 @@ def test_what_overlaps_is_counted_in_whole_layers() -> None:
     assert overlapped_bytes((4, 4, 4), reading, drawing) == 8
     drawing, reading = lay_out_arena((10, 10, 10), (4, 4, 4), 3, 3, 42)
     assert overlapped_bytes((10, 10, 10), drawing, reading) == overlapped_bytes((4, 4, 4), reading, drawing) == 0
+
+
+@pytest.mark.parametrize(("abreast", "times", "pictures"), [(1, 2, 1), (2, 1, 1), (3, 1, 1), (4, 1, 2)])
+def test_what_a_guided_step_sends_is_told(abreast: int, times: int, pictures: int) -> None:
+    """Both of its passes, and pictures are told of, not passes."""
+    guided = replace(WORK, guided=True)
+    budgets = (put(gb / 20, work=guided) for gb in range(66, 340))
+    placement = next(each for each in budgets if each.streamed_step_bytes and each.abreast == abreast)
+    (told,) = (part.because for part in placement.parts if part.name == "transformer")
+    assert f"{times * placement.streamed_step_bytes / (1 << 30):.1f} GiB cross the link in every step" in told
+    assert told.endswith(f", for {pictures} pictures together" if pictures > 1 else "in every step")

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -240,8 +239,7 @@ def test_what_an_open_model_has_on_the_host_is_not_asked_for_again(monkeypatch: 
     parts = weigh(model, make_plan())
     slabs = parts.transformer + parts.text_encoder
     for missing, fits in ((0, True), (1, False)):
-        memory = SimpleNamespace(available_bytes=slabs - missing)
-        monkeypatch.setattr(pressure, "read_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(pressure, "free_host_bytes", lambda missing=missing: slabs - missing)
         assert (pressure._lower(model, model.residency, make_requests()[0]) is not None) == fits
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from millicent.edits import EditRequest, EditResult
 from millicent.engine.editor import Editor
 from millicent.engine.settings import Settings
+from millicent.errors import PromptTooLongError
 
 pytestmark = pytest.mark.gpu
 
@@ -101,6 +102,20 @@ def forget_contents(editor: Editor) -> None:
     assert model.latents is not None
     for cache in (model.reader.pictures, model.reader.openings, model.reader.embeddings, model.latents):
         cache.clear()
+
+
+def test_an_edit_that_fails_between_results_leaves_nothing_that_others_meet(warm: Editor) -> None:
+    """It has read one text and encoded its pictures by then, with buffers that the run's next edit uses on another stream."""
+    too_long = make_request(0, true_cfg=3.0, negative_prompt="blur " * 4000)
+    expected = [warm.edit(request).image.tobytes() for request in REQUESTS[:12]]
+    found = []
+    for result in warm.edit_many(REQUESTS[:12]):
+        assert isinstance(result, EditResult)
+        found.append(result.image.tobytes())
+        forget_contents(warm)
+        with pytest.raises(PromptTooLongError):
+            warm.edit(too_long)
+    assert found == expected
 
 
 @pytest.mark.usefixtures("no_waiting")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,12 @@ def free_bytes(device: torch.device, limit_bytes: int | None = None, placed_byte
     return free if limit_bytes is None else min(free, limit_bytes)
 
 
+def free_host_bytes() -> int:
+    """Of the host; as much as can be on systems that do not say."""
+    memory = read_memory()
+    return memory.available_bytes if memory.total_bytes else sys.maxsize
+
+
 def weigh_model(sizes: ModelSizes, work: Workload, plan: Plan, device: torch.device) -> Components:
     return weigh_plan(sizes, work, plan, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
 
@@ -69,7 +76,7 @@ def choose_placement(
     Raises MachineError for a card or a host that is too small.
     """
     parts, free = weigh_model(sizes, usual_work(card), plan, device), free_bytes(device, limit_bytes)
-    host_bytes = read_memory().available_bytes
+    host_bytes = free_host_bytes()
     if shared_as is not None and place_on_card(parts, free).in_turn:
         # what another process holds of these very weights need not be there twice
         host_bytes += shared_bytes(shared_as)
@@ -110,7 +117,7 @@ def set_wave(model: Model) -> None:
         card.name,
         (card.major, card.minor),
         card.total_memory >> 20,
-        read_memory().available_bytes,
+        free_host_bytes(),
     )
 
 

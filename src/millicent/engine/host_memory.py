@@ -14,7 +14,6 @@ Sources: memfd_create(2), fcntl(2) for seals, flock(2); the CUDA runtime's cudaH
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import json
 import mmap
@@ -34,6 +33,9 @@ from torch import Tensor
 
 from millicent.errors import MachineError
 from millicent.hardware.memory import read_memory
+
+if sys.platform != "win32":  # where nothing is shared
+    import fcntl
 
 _GIB = 2**30
 _PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every card that the process uses

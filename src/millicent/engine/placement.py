@@ -210,9 +210,11 @@ def _place_in_turn(parts: Components, free_bytes: int) -> Placement:
     streamed_language = streamed_bytes(layers[first_language:], stays[first_language:])
     streamed_text = streamed_language + streamed_bytes(layers[:first_language], stays[:first_language])
     exchanged = overlapped_bytes(blocks, drawing, reading) + overlapped_bytes(layers, reading, drawing)
-    streamed_told = f"{streamed_step / _GIB:.1f} GiB cross the link in every step"
-    if abreast > 1:
-        streamed_told += f", for {abreast} pictures together"
+    pictures = max(1, abreast // parts.forwards)
+    passings = -(-pictures * parts.forwards // abreast)
+    streamed_told = f"{passings * streamed_step / _GIB:.1f} GiB cross the link in every step"
+    if pictures > 1:
+        streamed_told += f", for {pictures} pictures together"
     told = f"text encoder and transformer do not fit together: they lie on the card in turn, in {arena_bytes / _GIB:.1f} GiB"
     return Placement(
         parts=(

@@ -11,13 +11,12 @@ import torch
 
 from millicent.edits import EditRequest
 from millicent.engine.failures import is_out_of_memory
-from millicent.engine.fitting import carry_out, free_bytes, sizes_of, weigh_model
+from millicent.engine.fitting import carry_out, free_bytes, free_host_bytes, sizes_of, weigh_model
 from millicent.engine.loading import Model
 from millicent.engine.pipeline import weigh_request
 from millicent.engine.placement import Placement, place
 from millicent.engine.residency import Residency
 from millicent.errors import MachineError, MillicentError
-from millicent.hardware.memory import read_memory
 
 T = TypeVar("T")
 _LOG = logging.getLogger("millicent")
@@ -89,7 +88,7 @@ def _lower(model: Model, residency: Residency, request: EditRequest) -> Placemen
     free = free_bytes(model.device, residency.limit_bytes, torch.cuda.memory_allocated(model.device))
     left = min(free, taken) - _STEP_BYTES
     # slabs are written once: they are no new demand on the host; nor is what an open model has there already
-    host = sys.maxsize if residency.has_slabs else read_memory().available_bytes + now.needed_host_bytes
+    host = sys.maxsize if residency.has_slabs else free_host_bytes() + now.needed_host_bytes
     try:
         return place(parts, left, host)
     except MachineError:

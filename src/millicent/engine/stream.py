@@ -191,17 +191,19 @@ class Stages:
             told = "These pictures are drawn one at a time"
             if failures.is_out_of_memory(error, handled):
                 _LOG.debug("%s", error.__cause__)  # PyTorch's own numbers
-                told = self._draw_fewer_than(len(ready))
+                told = self._draw_fewer_than(ready)
             _LOG.warning("%s %s, and not %d.", error.message, told, len(ready))
         except _Cancelled:
             for edit in ready:
                 edit.was_cut = True
 
-    def _draw_fewer_than(self, pictures: int) -> str:
+    def _draw_fewer_than(self, edits: Sequence[Edit]) -> str:
         """From now on; in words."""
         assert self._model.fast is not None
-        fewer = min(pictures, self._model.fast.network.abreast) - 1
-        self._model.fast.network.abreast = fewer
+        network = self._model.fast.network
+        passes = max(1 if edit.course is None or edit.course.negative_prompt is None else 2 for edit in edits)
+        fewer = max(1, min(len(edits), network.abreast // passes) - 1)
+        network.abreast = fewer * passes
         return f"From now on pictures are drawn {'one' if fewer == 1 else fewer} at a time"
 
     def encode(self, edit: Edit) -> None:

@@ -65,7 +65,7 @@ class Phases:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Components:
-    """What has to lie somewhere, in bytes. kept: keys and values of references, with reuse.
+    """What has to lie somewhere, in bytes. kept: keys and values of references, with reuse. forwards: of a step.
 
     blocks: of the transformer, each; encoder_sizes: of the text encoder's layers, in the order in which they run. Of these the last
     language_layers are the language model's. Both as they lie in a slab, each tensor from a multiple of ALIGNMENT_BYTES on.
@@ -82,6 +82,7 @@ class Components:
     vae: int
     kept: int
     phases: Phases
+    forwards: int = 1
     caches: int = TEXT_CACHE_BYTES + LATENTS_CACHE_BYTES
 
     @property
@@ -158,6 +159,7 @@ def weigh(
             vae_decode=_vae_phase(model, work.width * work.height, 3.5),
             abreast=_abreast_bytes(model, work),
         ),
+        forwards=work.forwards,
     )
 
 
