@@ -210,7 +210,7 @@ def test_another_shape_is_recorded_when_the_last_graph_has_gone(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, peer: diffusers.QwenImageTransformer2DModel, inputs: Inputs
 ) -> None:
     """As where one shape is recorded, and more come once each than are kept; or with references of another size, in reuse."""
-    monkeypatch.setattr(transformer, "_KEPT_SHAPES", 1)
+    monkeypatch.setattr(transformer, "SHAPES_KEPT", 1)
     laid_out = fast(peer, settings)
     smaller = inputs._replace(references=inputs.references[:, : 10 * 12])
 

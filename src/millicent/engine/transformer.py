@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from millicent.engine.blocks import FastBlock, Half, MakeLinear, Mods, RowLinear, make_block
 from millicent.engine.capture import recording
 from millicent.engine.layer_stack import Stack
+from millicent.engine.weighing import SHAPES_KEPT
 from millicent.kernels import Bounds, Kernels, KeysValues, Rows, choose, choose_int8_attention
 from millicent.model.layers import Block, make_rope
 from millicent.model.mmdit import MMDiT
 
 Exact = Literal["cudnn", "flash", "math"]
 Attention = Exact | Literal["int8"]
-_KEPT_SHAPES = 16  # a prompt's length is part of a shape: a catalog has dozens, of 40 MB each at true size
 # by their own names: which of them scaled_dot_product_attention may take is set for the whole process, other threads included
 _EXACT: dict[Exact, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "cudnn": lambda q, k, v: torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0],
@@ -151,7 +151,7 @@ class FastMMDiT:
         """For the drawing of another shape."""
         had_graphs = self.has_graphs
         # without graphs they are only memory; with guidance a picture has two
-        while len(self._drawings) >= (_KEPT_SHAPES if self.uses_graphs else 2 * self.abreast):
+        while len(self._drawings) >= (SHAPES_KEPT if self.uses_graphs else 2 * self.abreast):
             self._drawings.popitem(last=False)
         if self.reuse_reference:  # what is kept of so many references is 3 GB, of which each slot has one
             for key, drawing in list(self._drawings.items()):

@@ -19,6 +19,8 @@ LATENTS_CACHE_BYTES = 32 << 20  # of what the VAE made of pictures; one of 1024x
 # of the phases, which are recorded as graphs: as many as fit. What a host launches at once saves most where launches are many and
 # small, as in the text encoder, and next where they are many
 RECORDED: tuple[tuple[str, ...], ...] = (("text", "VAE encode", "denoise", "VAE decode"), ("text", "denoise"), ("text",), ())
+# of the transformer's steps: a prompt's length is part of a shape, and a catalog has dozens
+SHAPES_KEPT = 16
 # whose graphs share one pool of memory (engine/capture.py)
 _POOLS = (("text",), ("VAE encode", "VAE decode"), ("denoise",))
 # how many times as large a pool is as the larger phase: what passes ask for in turn cuts it up, and nothing of it can be given
@@ -33,7 +35,8 @@ _RECORDER_BYTES = 160 << 20
 class Phases:
     """What each phase of an edit has alive at its fullest, beside weights and caches, in bytes.
 
-    abreast: more of the denoising, for each pass that goes through the blocks beside the first.
+    abreast: more of the denoising, for each pass that goes through the blocks beside the first. shape: what another one that is
+    recorded keeps, as its buffers stay where they are.
     """
 
     text: int
@@ -41,6 +44,7 @@ class Phases:
     denoise: int
     vae_decode: int
     abreast: int = 0
+    shape: int = 0
 
     @property
     def largest(self) -> int:
@@ -56,7 +60,7 @@ class Phases:
         for names in _POOLS:
             largest = max((size_of[name] for name in names if name in recorded), default=0)
             total += round(_CUT_UP * largest) + _RECORDER_BYTES if largest else 0
-        return total
+        return total + (SHAPES_KEPT - 1) * self.shape if "denoise" in recorded else total
 
     @property
     def named(self) -> tuple[tuple[str, int], ...]:
@@ -158,6 +162,7 @@ def weigh(
             denoise=_denoise_phase(model, work, number_format),
             vae_decode=_vae_phase(model, work.width * work.height, 3.5),
             abreast=_abreast_bytes(model, work),
+            shape=_drawing_bytes(model, work),
         ),
         forwards=work.forwards,
     )
