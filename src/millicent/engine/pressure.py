@@ -84,7 +84,7 @@ def _lower(model: Model, residency: Residency, request: EditRequest) -> Placemen
     now = residency.placement
     parts = weigh_model(sizes_of(model), weigh_request(request, model), model.fast.plan, model.device)
     # what was recorded has gone already, so that to record less would give nothing
-    taken = parts.beside() + now.arena_bytes if now.in_turn else parts.resident
+    taken = min(parts.resident, parts.beside() + now.arena_bytes) if now.in_turn else parts.resident
     free = free_bytes(model.device, residency.limit_bytes, torch.cuda.memory_allocated(model.device))
     left = min(free, taken) - _STEP_BYTES
     # slabs are written once: they are no new demand on the host; nor is what an open model has there already
