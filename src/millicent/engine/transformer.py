@@ -157,8 +157,7 @@ class FastMMDiT:
             for key, drawing in list(self._drawings.items()):
                 if drawing.slot == slot and drawing.references != references:
                     del self._drawings[key]
-                    del drawing
-        if had_graphs and not self.has_graphs:  # PyTorch may give their pool's memory away at once, and the last may still run
+        if had_graphs and not self.has_graphs:  # PyTorch may give their pool's memory away, and the last one may still run
             torch.cuda.synchronize(self.device)
 
     def kept_rows(self, references: int, slot: int) -> Tensor:
