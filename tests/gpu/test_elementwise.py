@@ -111,3 +111,11 @@ def test_qk_norm_rope(rows: int, heads: int, width: int) -> None:
     # BF16's half unit in the last place, of the pair: where its two terms cancel, FP32's own rounding shows
     pair = wanted[:, :2].unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True).expand(-1, -1, -1, -1, 2).flatten(-2)
     assert bool(((qkv[:, :2].float() - wanted[:, :2]).abs() <= 2**-8 * pair + 1e-6).all())
+
+
+@pytest.mark.parametrize(("code", "group"), CODES[1:])
+def test_a_row_with_no_number_has_no_scale_and_the_others_have(code: Code, group: int) -> None:
+    x = draw(9, 768)
+    x[4, 300] = torch.nan
+    made = elementwise.quantize_rows(x, code, group)
+    assert made.scale.isnan()[:, 0].tolist() == [number == 4 for number in range(9)]

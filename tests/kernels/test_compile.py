@@ -238,6 +238,10 @@ def make_calls() -> Iterator[Call]:
         yield Call("norm_modulate", (x, shift, scale, *how))
         # a copy, for x changes
         yield Call("add_gated_norm_modulate", (x.clone(), update, gate, shift, scale, *how))
+    broken = draw(3, 1536, seed=1)
+    broken[1, 700] = torch.nan
+    for group in (1, 256):
+        yield Call("quantize_rows", (broken, "int8", group))
     angles = draw(7, 16, seed=4)
     yield Call("qk_norm_rope", (draw(7, 3, 5, 32, seed=5), draw(2, 2, 32, seed=6), angles.cos(), angles.sin(), 5))
 
@@ -275,7 +279,7 @@ def assert_near(found: object, wanted: object) -> None:
         assert found == wanted
     else:
         # some tens of FP32's last bits: sums of 1536 numbers in another order, and exp and tanh of another library
-        torch.testing.assert_close(found, wanted, rtol=4e-6, atol=4e-6)
+        torch.testing.assert_close(found, wanted, rtol=4e-6, atol=4e-6, equal_nan=True)
 
 
 def assert_same_rows(found: Rows, wanted: Rows) -> None:
@@ -283,7 +287,9 @@ def assert_same_rows(found: Rows, wanted: Rows) -> None:
         assert_near(found.values, wanted.values)
         return
     assert_near(found.scale, wanted.scale)
-    steps = (found.values.int() - wanted.values.int()).abs()
+    told = wanted.scale[:, 0].isfinite()  # what the codes of other rows are says nothing
+    assert bool(told.any())
+    steps = (found.values.int() - wanted.values.int()).abs()[told]
     # FP32's last bits take what is close to a half to the other side: of values of up to 127 steps, some 1e-5 in either direction
     assert int(steps.max()) <= 1
     assert float(steps.float().mean()) < 1e-3

@@ -66,6 +66,12 @@ def _load_parts(ptr, D, BLOCK: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _larger(a, b):
+    """No number where either is none: integers have no code for it, and a row's scale must tell."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _store_row(
     parts, out_ptr, scale_ptr, row, D, BLOCK: tl.constexpr, PARTS: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr
 ):
@@ -81,9 +87,9 @@ def _store_row(
         for part in tl.static_range(PARTS):
             y = _rotate(parts[part], BLOCK, GROUP)
             turned = turned + (y,)
-            amax = tl.maximum(amax, tl.abs(y))
+            amax = _larger(amax, tl.abs(y))
         largest: tl.constexpr = 448.0 if CODE == 1 else 127.0
-        scale = tl.max(amax, 0) / largest
+        scale = tl.reduce(amax, 0, _larger) / largest
         scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
         tl.store(scale_ptr + row, scale)
         inverse = 1.0 / scale
