@@ -128,10 +128,10 @@ def read_clock(work: Callable[[], object], work_s: float) -> dict[str, float]:
     """The clock of the multiprocessors and the card's power in the middle of work that has gone on for a second."""
     pynvml.nvmlInit()
     card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
-    times = round(1 / work_s) + 2
+    times, began = round(1 / work_s) + 2, time.perf_counter()
     for _ in range(times):
         work()
-    time.sleep((times - 1) * work_s)
+    time.sleep(max(0.0, began + (times - 1) * work_s - time.perf_counter()))  # the host may have been held up
     clock, power = pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM), pynvml.nvmlDeviceGetPowerUsage(card) / 1e3
     torch.cuda.synchronize()
     return {"sm_mhz": clock, "watts": round(power)}

@@ -93,6 +93,26 @@ def test_a_recording_that_fails_is_not_kept() -> None:
     assert len(replays) == 0
 
 
+def test_a_recording_that_fails_takes_the_others_along() -> None:
+    recorder, fails = Recorder(), [False]
+
+    def record(work: Work, inputs: Tensors) -> Replay:
+        if fails[0]:
+            raise RuntimeError("for want of memory")
+        return recorder.record(work, inputs)
+
+    replays = Replays(record, 4)
+    ask(replays, 3, 3, 3, 5)
+    assert (len(replays), recorder.replayed) == (1, 2)
+    fails[0] = True
+    with pytest.raises(RuntimeError, match="want of memory"):
+        ask(replays, 5)
+    assert len(replays) == 0
+    fails[0] = False
+    ask(replays, 3, 3, 5, 5)
+    assert len(replays) == 2
+
+
 class CannotBeEndedError(RuntimeError):
     pass
 

@@ -56,7 +56,11 @@ class Replays:
         elif full_key in self._known:
             while len(self._recordings) >= self.kept:  # before recording, so that its memory is taken again
                 self._recordings.popitem(last=False)
-            self._recordings[full_key] = self._record(work, inputs)
+            try:
+                self._recordings[full_key] = self._record(work, inputs)
+            except BaseException:  # the pool of the others takes no more
+                self.clear()
+                raise
         else:
             # what comes again may come often: then what it takes to record it is paid back
             self._known.append(full_key)

@@ -329,8 +329,8 @@ class Drawing:
         try:
             with recording(graph, self.network.graph_pool, self.network.capturing):
                 self.drawn.copy_(self._forward(reuses, self._side))
-        except BaseException:
-            self.network.graph_pool = torch.cuda.graph_pool_handle()
+        except BaseException:  # their pool takes no more
+            self.network.forget()
             raise
         return graph
 
