@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import pynvml  # type: ignore[import-untyped]
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -126,15 +125,13 @@ def profile_last(work: Callable[[], object], times: int) -> list[Kernel]:
 
 def read_clock(work: Callable[[], object], work_s: float) -> dict[str, float]:
     """The clock of the multiprocessors and the card's power in the middle of work that has gone on for a second."""
-    pynvml.nvmlInit()
-    card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
     times, began = round(1 / work_s) + 2, time.perf_counter()
     for _ in range(times):
         work()
     time.sleep(max(0.0, began + (times - 1) * work_s - time.perf_counter()))  # the host may have been held up
-    clock, power = pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM), pynvml.nvmlDeviceGetPowerUsage(card) / 1e3
+    found: dict[str, float] = {"sm_mhz": torch.cuda.clock_rate(), "watts": round(torch.cuda.power_draw() / 1e3)}
     torch.cuda.synchronize()
-    return {"sm_mhz": clock, "watts": round(power)}
+    return found
 
 
 def show(kernels: Sequence[Kernel], timeline: Timeline) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("pynvml")
-
 from benchmarks.step import Kernel, lay_out_in_time
 
 

@@ -47,11 +47,15 @@ def test_pages_are_mapped_from_then_on_and_that_is_settled_once(settings: list[s
     assert settings == ["expandable_segments:True"]
 
 
-def test_a_process_that_sees_several_cards_keeps_fixed_sizes(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_sees_several_cards_keeps_fixed_sizes(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     answer(monkeypatch, lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    let_segments_grow(CARD)
+    with caplog.at_level(logging.WARNING, "millicent"):
+        let_segments_grow(CARD)
     assert settings == []
+    assert "CUDA_VISIBLE_DEVICES" in caplog.text
 
 
 def test_a_driver_that_maps_none_is_told_of_and_left_as_it_was(

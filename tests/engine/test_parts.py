@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +33,7 @@ from millicent.engine.planner import plan
 from millicent.engine.settings import Settings
 from millicent.errors import CheckpointError, InputNotFoundError, MachineError, WeightsMismatchError
 from millicent.facts.models import find_card, read_card
+from millicent.hardware import memory
 from millicent.hardware.memory import Memory
 from millicent.model.config import MMDiTConfig
 from millicent.model.mmdit import MMDiT
@@ -277,9 +279,9 @@ def test_what_a_transformer_takes_is_told_before(name: str, write: Write, monkey
     load_network(module, recognized.component, recognized.source, torch.bfloat16, keep_codes=True)
     held = {key: tensor for key, tensor in module.state_dict().items() if not key.endswith("weight_scale")}
     taken = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
-    monkeypatch.setattr(parts, "_free_host_bytes", lambda: taken)
+    monkeypatch.setattr(parts, "free_host_bytes", lambda: taken)
     check_memory([recognized], True, torch.bfloat16, CPU)
-    monkeypatch.setattr(parts, "_free_host_bytes", lambda: taken - 1)
+    monkeypatch.setattr(parts, "free_host_bytes", lambda: taken - 1)
     with pytest.raises(MachineError, match="GiB are free"):
         check_memory([recognized], True, torch.bfloat16, CPU)
 
@@ -321,20 +323,20 @@ def test_what_is_multiplied_out_is_told_before(name: str, keep_codes: bool, writ
 
 
 def test_a_host_without_room_for_what_is_made_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "_free_host_bytes", lambda: 3 << 30)
+    monkeypatch.setattr(parts, "free_host_bytes", lambda: 3 << 30)
     parts.check_host(3 << 30, "It")
     with pytest.raises(MachineError, match=r"It takes 3\.0 GiB of this host's memory, and 3\.0 GiB are free") as caught:
         parts.check_host((3 << 30) + 1, "It")
     assert "millicent convert" in str(caught.value)
-    monkeypatch.setattr(parts, "_free_host_bytes", lambda: None)
+    monkeypatch.setattr(parts, "free_host_bytes", lambda: sys.maxsize)
     parts.check_host(1 << 60, "It")
 
 
 def test_too_little_memory_is_told_before_anything_is_loaded(write: Write, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "read_memory", lambda: Memory(1 << 40, 2000, 1000))  # a container on a large host
+    monkeypatch.setattr(memory, "read_memory", lambda: Memory(1 << 40, 2000, 1000))  # a container on a large host
     with pytest.raises(MachineError, match=r"The weights take .* GiB in float32, and 0\.0 GiB are free"):
         Editor.open(folder, transformer=write("comfy old").path, device="cpu")
-    monkeypatch.setattr(parts, "read_memory", lambda: Memory(0, None, 0))  # a system that does not say
+    monkeypatch.setattr(memory, "read_memory", lambda: Memory(0, None, 0))  # a system that does not say
     Editor.open(folder, device="cpu")
 
 
@@ -345,7 +347,7 @@ def test_codes_that_a_lora_is_fused_into_are_not_kept(write: Write, folder: Path
         low, high = 0, 1 << 30
         while low < high:
             middle = (low + high) // 2
-            monkeypatch.setattr(parts, "_free_host_bytes", lambda middle=middle: middle)
+            monkeypatch.setattr(parts, "free_host_bytes", lambda middle=middle: middle)
             try:
                 check_memory(found, keep_codes, dtype, CPU)
                 high = middle

@@ -278,8 +278,8 @@ def test_a_request_weighs_what_is_read_of_it() -> None:
         assert (work.width, work.height) == (prepared.width, prepared.height)
         assert work.forwards == (1 if told.negative is None else 2)
         longest = max(text.shape[1] for text in (told.positive, told.negative) if text is not None)
-        # each picture stands for the tokens of a square one, beside the one that stands for it in the template
-        assert abs(work.text_tokens - longest) <= 0.2 * longest + len(request.images)
+        # each picture weighs what a square one does, 16 tokens where these have 15, and its place in the template
+        assert abs(work.text_tokens - longest) <= 2 * len(request.images)
 
 
 def test_says_the_first_error_where_nothing_less_can_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,7 @@ def test_a_wave_is_bounded_by_the_hosts_memory(
 ) -> None:
     request = dataclasses.replace(make_request(0), images=(make_request(0).images[0].resize((1000, 1000)),))
     free = int(pictures * 3_000_000 / waves.WAVE_HOST_SHARE)
-    monkeypatch.setattr(waves, "read_memory", lambda: SimpleNamespace(available_bytes=free))
+    monkeypatch.setattr(waves, "free_host_bytes", lambda: free)
     requests = [dataclasses.replace(request, prompt=f"make it {number}", seed=number) for number in range(3)]
     assert len(list(in_waves(single, 9).edit_many(requests))) == 3
     assert " ".join(work) == order
@@ -356,6 +356,19 @@ def test_of_what_does_not_fit_together_one_fewer_is_tried(
     assert together == [3, 1, 1, 1, 2, 1, 1, 1, 1]
     assert "From now on pictures are drawn 2 at a time, and not 3." in caplog.text
     assert "From now on pictures are drawn one at a time, and not 2." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("abreast", "edits", "negative", "fewer"),
+    [(3, 3, None, 2), (2, 2, None, 1), (4, 2, "blur", 2), (3, 3, "blur", 1), (2, 2, "blur", 1)],
+)
+def test_fewer_are_fewer_passes(abreast: int, edits: int, negative: str | None, fewer: int) -> None:
+    """Or what has not fitted together would be tried again in every wave."""
+    model: Any = SimpleNamespace(fast=SimpleNamespace(network=SimpleNamespace(abreast=abreast)))
+    asked: Any = [SimpleNamespace(course=SimpleNamespace(negative_prompt=negative))] * edits
+    made: Any = None
+    Stages(model, made)._draw_fewer_than(asked)
+    assert model.fast.network.abreast == fewer < abreast
 
 
 def test_cancelled_in_a_drawing_all_that_are_drawn_together_stop(abreast: Editor, monkeypatch: pytest.MonkeyPatch) -> None:

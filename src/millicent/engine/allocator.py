@@ -31,7 +31,10 @@ def let_segments_grow(device: torch.device) -> None:
     log tells of; on Windows, for which PyTorch has none; under WSL, whose driver fails when many are mapped; and where this process
     sees several cards, as emptying the allocator then takes pages from work that is still under way (pytorch issue 196258).
     """
-    if sys.platform == "win32" or _is_wsl() or torch.cuda.device_count() > 1 or any(os.environ.get(name) for name in _USERS_OWN):
+    if sys.platform == "win32" or _is_wsl() or any(os.environ.get(name) for name in _USERS_OWN):
+        return
+    if torch.cuda.device_count() > 1:
+        _LOG.warning("Several cards are visible, so that more of their memory may lie idle. Let CUDA_VISIBLE_DEVICES name one.")
         return
     _set("expandable_segments:True")
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,11 +12,11 @@ from millicent.engine.fast_vae import CapturedVAE
 from millicent.engine.host_memory import shared_bytes
 from millicent.engine.laying_out import take_all
 from millicent.engine.machine_plan import wave_for, weigh_plan
-from millicent.engine.placement import Placement, place, place_on_card
+from millicent.engine.placement import Placement, check_host_room, place_on_card
 from millicent.engine.planner import Plan
 from millicent.engine.weighing import CONTEXT_BYTES, Components
 from millicent.facts.models import ModelCard
-from millicent.hardware.memory import read_memory
+from millicent.hardware.memory import free_host_bytes
 from millicent.model.sizes import ModelSizes, QwenVLSizes, Workload
 
 if TYPE_CHECKING:
@@ -53,12 +52,6 @@ def free_bytes(device: torch.device, limit_bytes: int | None = None, placed_byte
     return free if limit_bytes is None else min(free, limit_bytes)
 
 
-def free_host_bytes() -> int:
-    """Of the host; as much as can be on systems that do not say."""
-    memory = read_memory()
-    return memory.available_bytes if memory.total_bytes else sys.maxsize
-
-
 def weigh_model(sizes: ModelSizes, work: Workload, plan: Plan, device: torch.device) -> Components:
     return weigh_plan(sizes, work, plan, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
 
@@ -75,12 +68,11 @@ def choose_placement(
 
     Raises MachineError for a card or a host that is too small.
     """
-    parts, free = weigh_model(sizes, usual_work(card), plan, device), free_bytes(device, limit_bytes)
-    host_bytes = free_host_bytes()
-    if shared_as is not None and place_on_card(parts, free).in_turn:
-        # what another process holds of these very weights need not be there twice
-        host_bytes += shared_bytes(shared_as)
-    return place(parts, free, host_bytes)
+    placement = place_on_card(weigh_model(sizes, usual_work(card), plan, device), free_bytes(device, limit_bytes))
+    # what another process holds of these very weights need not be there twice
+    shared = shared_bytes(shared_as) if shared_as is not None and placement.in_turn else 0
+    check_host_room(placement, free_host_bytes() + shared)
+    return placement
 
 
 def carry_out(model: Model, placement: Placement) -> None:

@@ -22,7 +22,7 @@ from millicent.checkpoint.schemes import keeps_codes
 from millicent.engine.planner import FORMAT_BYTES, Plan
 from millicent.errors import CheckpointError, IncompleteModelError, InputNotFoundError, MachineError
 from millicent.facts.models import ModelCard
-from millicent.hardware.memory import read_memory
+from millicent.hardware.memory import free_host_bytes
 
 NETWORKS: tuple[Network, ...] = ("transformer", "vae", "text_encoder")
 _GIB = 1 << 30
@@ -135,8 +135,8 @@ def check_memory(
 ) -> None:
     """Raises MachineError where the weights alone are more than the device has free. plan: None for the plain networks."""
     needed = sum(_needed_bytes(part.component, keep_codes, dtype, plan) for part in parts)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
-    if free is not None and needed > free:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+    if needed > free:
         raise MachineError(
             f"The weights take {needed / _GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}, and {free / _GIB:.1f} GiB are free.",
             "Use a card with more memory, or weights in FP8 or INT8, which are kept as they are.",
@@ -154,8 +154,8 @@ def expanded_bytes(part: FoundPart, keep_codes: bool, dtype: torch.dtype) -> int
 
 def check_host(wanted_bytes: int, what: str) -> None:
     """Raises MachineError where the host has less memory than that, which `what` takes beside mapped files."""
-    free = _free_host_bytes()
-    if free is not None and wanted_bytes > free:
+    free = free_host_bytes()
+    if wanted_bytes > free:
         raise MachineError(
             f"{what} takes {wanted_bytes / _GIB:.1f} GiB of this host's memory, and {free / _GIB:.1f} GiB are free.",
             "Use a host with more memory; or write the weights once as they will be (millicent convert SRC [--lora FILE] -o DST "
@@ -210,9 +210,3 @@ def tell_expanded(part: FoundPart, keep_codes: bool, dtype: torch.dtype) -> list
     formats = " and ".join(sorted({matrix.scheme.format for matrix in expanded}))
     taken = f"{_bytes(part.component, keep_codes, dtype) / _GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}"
     return [f"The {part.component.network.replace('_', ' ')} is stored as {formats} and expanded: it takes {taken}."]
-
-
-def _free_host_bytes() -> int | None:
-    """What can be had without swapping, within the container's limit; None on systems that do not say."""
-    memory = read_memory()
-    return memory.available_bytes if memory.total_bytes else None

@@ -127,14 +127,19 @@ def place(parts: Components, free_bytes: int, host_bytes: int) -> Placement:
     Raises MachineError for a card that is too small even with everything streamed, and for too small a host to stream from.
     """
     placement = place_on_card(parts, free_bytes)
+    check_host_room(placement, host_bytes)
+    return placement
+
+
+def check_host_room(placement: Placement, host_bytes: int) -> None:
+    """Raises MachineError for a host that has less than the placement needs of it."""
     needed = placement.needed_host_bytes
     if needed > host_bytes:
         raise MachineError(
-            f"With {free_bytes / _GIB:.1f} GiB free on the card, the host needs {needed / _GIB:.1f} GiB of memory, "
+            f"With {placement.free_bytes / _GIB:.1f} GiB free on the card, the host needs {needed / _GIB:.1f} GiB of memory, "
             f"{placement.host_bytes / _GIB:.1f} GiB of them for weights that wait there, and has {host_bytes / _GIB:.1f} GiB free.",
             "Use a card or a host with more memory, or a format with fewer bytes.",
         )
-    return placement
 
 
 def place_on_card(parts: Components, free_bytes: int) -> Placement:

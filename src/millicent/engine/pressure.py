@@ -11,12 +11,13 @@ import torch
 
 from millicent.edits import EditRequest
 from millicent.engine.failures import is_out_of_memory
-from millicent.engine.fitting import carry_out, free_bytes, free_host_bytes, sizes_of, weigh_model
+from millicent.engine.fitting import carry_out, free_bytes, sizes_of, weigh_model
 from millicent.engine.loading import Model
 from millicent.engine.pipeline import weigh_request
 from millicent.engine.placement import Placement, place
 from millicent.engine.residency import Residency
 from millicent.errors import MachineError, MillicentError
+from millicent.hardware.memory import free_host_bytes
 
 T = TypeVar("T")
 _LOG = logging.getLogger("millicent")

@@ -202,9 +202,9 @@ class Stages:
         assert self._model.fast is not None
         network = self._model.fast.network
         passes = max(1 if edit.course is None or edit.course.negative_prompt is None else 2 for edit in edits)
-        fewer = max(1, min(len(edits), network.abreast // passes) - 1)
-        network.abreast = fewer * passes
-        return f"From now on pictures are drawn {'one' if fewer == 1 else fewer} at a time"
+        fewer = min(len(edits), network.abreast // passes) - 1
+        network.abreast = max(1, fewer * passes)
+        return f"From now on pictures are drawn {'one' if fewer <= 1 else fewer} at a time"
 
     def encode(self, edit: Edit) -> None:
         self._go_on()

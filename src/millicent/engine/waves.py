@@ -18,7 +18,7 @@ from millicent.edits import EditRequest
 from millicent.engine.caches import size_bytes
 from millicent.engine.machine_plan import WAVE_HOST_SHARE
 from millicent.engine.stream import Edit, Outcome, Stages, draw_stream
-from millicent.hardware.memory import read_memory
+from millicent.hardware.memory import free_host_bytes
 
 
 def draw_many(stages: Stages, requests: Iterable[EditRequest], ahead: int) -> Iterator[Outcome]:
@@ -60,7 +60,7 @@ def _draw_wave(stages: Stages, encoded: deque[Edit]) -> Iterator[Outcome]:
 
 def _fill_wave(stages: Stages, edits: Iterator[Edit], encoded: deque[Edit]) -> bool:
     """Encode the next edits, as many as make a wave and as the host has room for; one always. Whether there are any."""
-    left_bytes, largest_bytes = int(WAVE_HOST_SHARE * read_memory().available_bytes), 0
+    left_bytes, largest_bytes = int(WAVE_HOST_SHARE * free_host_bytes()), 0
     while not encoded or (len(encoded) < stages.wave and left_bytes >= largest_bytes):
         edit = next(edits, None)
         if edit is None:

@@ -6,6 +6,7 @@ Sources: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memo
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,12 @@ def read_memory(root: Path = Path("/")) -> Memory:
     groups = list(_read_groups(root))
     limits = [group.limit_bytes for group in groups if group.limit_bytes < total]
     return Memory(total, min(limits, default=None), min([available, *(max(0, group.left_bytes) for group in groups)]))
+
+
+def free_host_bytes() -> int:
+    """What can be had without swapping, within the container's limit; as much as can be on systems that do not say."""
+    memory = read_memory()
+    return memory.available_bytes if memory.total_bytes else sys.maxsize
 
 
 def _read_meminfo(path: Path) -> tuple[int, int]:
