@@ -21,7 +21,6 @@ from millicent.kernels.attention_codes import (
     SMALLEST_AMAX,
     NormRope,
     Queries,
-    load_tile,
     make_codes,
     norm_and_turn,
     round_to_int8,
@@ -30,11 +29,12 @@ from millicent.kernels.attention_codes import (
 from millicent.kernels.reference import NORM_EPS
 
 PARTS = 4
-"""Of a block of tokens; more are more waiting for one another, fewer need more registers."""
-WARP_TOKENS = 16
+"""Of a block of tokens: one is read while the one before it is coded. More are more to read, fewer need more registers."""
+WARP_TOKENS = 8
 PART_CHANNELS = 64
-MOST_REGISTERS = 128
-"""A thread's: 16 warps on a multiprocessor. Left to itself the compiler takes more, and more are waited for."""
+MOST_REGISTERS = {128: 64, 64: 80}
+"""A thread's, by a block's tokens: for two programs of 16 warps on a multiprocessor, or three of 8, for which Blackwell's compiler
+needs 72. Left to itself it takes more, and more are waited for."""
 
 
 @triton.jit
@@ -50,40 +50,63 @@ def _hold(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _read_part(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_stride, k_stride, row, end, asked, D: tl.constexpr
+):  # fmt: skip
+    """Rows of k, of q where `asked`, of cos and sin: as they lie in memory, for the fewest registers; zeros from `end` on."""
+    inside, channel = (row < end)[:, None], tl.arange(0, D)[None, :]
+    pair = row[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
+    k = tl.load(k_ptr + row[:, None] * k_stride + channel, inside, 0.0)
+    q = tl.load(q_ptr + row[:, None] * q_stride + channel, asked[:, None], 0.0)
+    return q, k, tl.load(cos_ptr + pair, inside, 0.0), tl.load(sin_ptr + pair, inside, 0.0)
+
+
+@triton.jit
 def _code_queries_keys(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, weights_ptr, cos_ptr, sin_ptr, mean, q_codes_ptr, q_scale_ptr, k_codes_ptr, k_scale_ptr, q_stride, k_stride,
     start, tokens, q_first, q_last, img, factor,
     EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales of a block of keys less `mean` (D,), and of the queries among its tokens. Pointers are of one head."""
-    # normed and turned, until the block's largest is known: BF16, for half of FP32's registers. Each part's largest is waited for,
-    # or the compiler would put all norms off till the end
+    # to the block's first row here, so that places within it need no more than 32 bits
+    first = start.to(tl.int64)
+    q_ptr, k_ptr = q_ptr + first * q_stride, k_ptr + first * k_stride
+    cos_ptr, sin_ptr = cos_ptr + first * (D // 2), sin_ptr + first * (D // 2)
+    q_codes_ptr, q_scale_ptr = q_codes_ptr + (first - q_first) * D, q_scale_ptr + (first - q_first)
+    k_codes_ptr += first * D
+    end, asked_first, asked_end = tokens - start, q_first - start, q_last - start
+
+    # keys are normed and turned until the block's largest is known: in BF16, for half of FP32's registers
     keys = ()
-    amax = SMALLEST_AMAX
+    largest = tl.full([PART], SMALLEST_AMAX, tl.float32)
+    row = tl.arange(0, PART)
+    asked = (row >= asked_first) & (row < asked_end)
+    ahead = _read_part(q_ptr, k_ptr, cos_ptr, sin_ptr, q_stride, k_stride, row, end, asked, D)
     for part in tl.static_range(0, BLOCK, PART):
-        token = (start + part + tl.arange(0, PART)).to(tl.int64)
-        inside, asked = token < tokens, (token >= q_first) & (token < q_last)
-        k = load_tile(k_ptr, token, k_stride, inside, D)
-        q = load_tile(q_ptr, token, q_stride, asked, D)
-        pair = (token * (D // 2))[:, None] + tl.arange(0, D // 2)[None, :]
-        c = tl.load(cos_ptr + pair, inside[:, None], 0.0)
-        s = tl.load(sin_ptr + pair, inside[:, None], 0.0)
-        k = _round_to_bf16(norm_and_turn(k, weights_ptr + D, c, s, token, img, EPS, D, PART))
-        largest = tl.max(tl.abs(k.to(tl.float32) - mean[None, :]), 1)
-        amax = tl.maximum(amax, tl.max(tl.where(inside, largest, 0.0), 0))
+        q, k, c, s = ahead
+        row = part + tl.arange(0, PART)
+        asked = (row >= asked_first) & (row < asked_end)
+        if part + PART < BLOCK:
+            later = row + PART
+            later_asked = (later >= asked_first) & (later < asked_end)
+            ahead = _read_part(q_ptr, k_ptr, cos_ptr, sin_ptr, q_stride, k_stride, later, end, later_asked, D)
+        k = _round_to_bf16(norm_and_turn(k.to(tl.float32), weights_ptr + D, c, s, start + row, img, EPS, D, PART))
+        # not over rows yet: that one waits for all warps
+        largest = tl.maximum(largest, tl.where(row < end, tl.max(tl.abs(k.to(tl.float32) - mean[None, :]), 1), 0.0))
         keys += (_hold(k),)  # type: ignore[assignment]
-        q = _round_to_bf16(norm_and_turn(q, weights_ptr, c, s, token, img, EPS, D, PART)).to(tl.float32)
-        store_queries(q, q_codes_ptr, q_scale_ptr, token - q_first, asked, factor, D)
+        q = _round_to_bf16(norm_and_turn(q.to(tl.float32), weights_ptr, c, s, start + row, img, EPS, D, PART)).to(tl.float32)
+        store_queries(q, q_codes_ptr, q_scale_ptr, row, asked, factor, D)
+    amax = tl.max(largest, 0)
     tl.store(k_scale_ptr, amax / 127.0)
     for part in tl.static_range(0, BLOCK, PART):
-        token = (start + part + tl.arange(0, PART)).to(tl.int64)
-        factors = tl.where(token < tokens, 127.0 / amax, 0.0)
+        row = part + tl.arange(0, PART)
+        factors = tl.where(row < end, 127.0 / amax, 0.0)
         codes = round_to_int8((keys[part // PART].to(tl.float32) - mean[None, :]) * factors[:, None])
         if PERMUTE:
             # as attention_codes._quantize_keys does
-            token = (token // 16) * 16 + (token // 2 % 2) * 8 + (token // 4 % 4) * 2 + token % 2
+            row = (row // 16) * 16 + (row // 2 % 2) * 8 + (row // 4 % 4) * 2 + row % 2
         channel = tl.max_contiguous(tl.arange(0, D), 8)
-        tl.store(k_codes_ptr + token[:, None] * D + channel[None, :], codes)
+        tl.store(k_codes_ptr + row[:, None] * D + channel[None, :], codes)
 
 
 @triton.jit
@@ -148,6 +171,6 @@ def code(
         codes.k_scale, codes.v, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], tokens, padded, first, last, q_padded,
         norm_rope.img_rows, QUERY_SCALE / math.sqrt(width),
         EPS=NORM_EPS, D=width, BLOCK=block_tokens, PART=block_tokens // PARTS, CHANNELS=min(width, PART_CHANNELS), FP8=fp8_values,
-        num_warps=block_tokens // WARP_TOKENS, maxnreg=MOST_REGISTERS,
+        num_warps=block_tokens // WARP_TOKENS, maxnreg=MOST_REGISTERS[block_tokens],
     )  # fmt: skip
     return made, codes
