@@ -51,13 +51,14 @@ def _hold(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _read_part(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, cos_ptr, sin_ptr, q_stride, k_stride, row, end, asked, D: tl.constexpr
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_stride, k_stride, row, end, asked_first, asked_end, D: tl.constexpr
 ):  # fmt: skip
-    """Rows of k, of q where `asked`, of cos and sin: as they lie in memory, for the fewest registers; zeros from `end` on."""
+    """Rows of q, k, cos and sin as they lie in memory, for the fewest registers; zeros from `end` on, and of q where none asks."""
     inside, channel = (row < end)[:, None], tl.arange(0, D)[None, :]
+    asked = ((row >= asked_first) & (row < asked_end))[:, None]
     pair = row[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
     k = tl.load(k_ptr + row[:, None] * k_stride + channel, inside, 0.0)
-    q = tl.load(q_ptr + row[:, None] * q_stride + channel, asked[:, None], 0.0)
+    q = tl.load(q_ptr + row[:, None] * q_stride + channel, asked, 0.0)
     return q, k, tl.load(cos_ptr + pair, inside, 0.0), tl.load(sin_ptr + pair, inside, 0.0)
 
 
@@ -76,22 +77,19 @@ def _code_queries_keys(  # type: ignore[no-untyped-def]
     k_codes_ptr += first * D
     end, asked_first, asked_end = tokens - start, q_first - start, q_last - start
 
-    # keys are normed and turned until the block's largest is known: in BF16, for half of FP32's registers
+    # normed and turned keys wait until the block's largest is known: in BF16, for half of FP32's registers
     keys = ()
     largest = tl.full([PART], SMALLEST_AMAX, tl.float32)
     row = tl.arange(0, PART)
-    asked = (row >= asked_first) & (row < asked_end)
-    ahead = _read_part(q_ptr, k_ptr, cos_ptr, sin_ptr, q_stride, k_stride, row, end, asked, D)
+    ahead = _read_part(q_ptr, k_ptr, cos_ptr, sin_ptr, q_stride, k_stride, row, end, asked_first, asked_end, D)
     for part in tl.static_range(0, BLOCK, PART):
         q, k, c, s = ahead
         row = part + tl.arange(0, PART)
         asked = (row >= asked_first) & (row < asked_end)
         if part + PART < BLOCK:
-            later = row + PART
-            later_asked = (later >= asked_first) & (later < asked_end)
-            ahead = _read_part(q_ptr, k_ptr, cos_ptr, sin_ptr, q_stride, k_stride, later, end, later_asked, D)
+            ahead = _read_part(q_ptr, k_ptr, cos_ptr, sin_ptr, q_stride, k_stride, row + PART, end, asked_first, asked_end, D)
         k = _round_to_bf16(norm_and_turn(k.to(tl.float32), weights_ptr + D, c, s, start + row, img, EPS, D, PART))
-        # not over rows yet: that one waits for all warps
+        # over rows only after the last part: all warps wait for that
         largest = tl.maximum(largest, tl.where(row < end, tl.max(tl.abs(k.to(tl.float32) - mean[None, :]), 1), 0.0))
         keys += (_hold(k),)  # type: ignore[assignment]
         q = _round_to_bf16(norm_and_turn(q.to(tl.float32), weights_ptr, c, s, start + row, img, EPS, D, PART)).to(tl.float32)
